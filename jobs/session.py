@@ -1,0 +1,83 @@
+"""What the jobs share before they start: a connection to Ray that has room for them, a folder they can write to."""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.train import ScalingConfig
+
+from lcrnet.config import Train, UserError
+
+_QUIET = {
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of until then
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",  # with it a worker's lines come twice
+}
+
+
+def connect(workers: int, gpu: bool = False, *, field: str = "train", cpus: int = 1, log: bool = True) -> None:
+    """Joins the cluster of RAY_ADDRESS (set by `ray job submit`), else starts a Ray on this machine; a Ray that this
+    process already has is used as it is.
+
+    workers, gpu, cpus   processes wanted, each with a GPU or not and with so many CPUs
+    field                section of the configuration they come from, for the message
+    log                  whether the workers' prints come through
+    UserError: no cluster answers, or it has no room for them (Ray itself would wait for ever).
+    """
+    os.environ.update({name: os.environ.get(name, value) for name, value in _QUIET.items()})
+    if not ray.is_initialized():
+        address = os.environ.get("RAY_ADDRESS")
+        if address:
+            _probe(address)
+        else:
+            # Ray protects a local cluster with a token: one of our own, as its file in the home folder may be another
+            # cluster's, or not writable. RAY_AUTH_MODE stays Ray's to set: it is read once, when ray is imported.
+            os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+        local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": False}
+        try:
+            # ERROR while it starts (a notice about the token), WARNING from then on.
+            ray.init(**local, logging_level=logging.ERROR, log_to_driver=log)
+        except (ConnectionError, ValueError, RuntimeError) as error:
+            why = " ".join(str(error).split())[:300]
+            raise UserError(f"Ray {f'at RAY_ADDRESS={address}' if address else 'did not start'}: {why}") from None
+        logging.getLogger("ray").setLevel(logging.WARNING)
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    room = sum(int(min(n.get("CPU", 0) // cpus, n.get("GPU", 0) if gpu else workers)) for n in nodes)
+    if room < workers:
+        has = ", ".join(f"{sum(n.get(kind, 0) for n in nodes):g} {kind}s" for kind in ("GPU", "CPU"))
+        each = f"{cpus} CPU{'s' * (cpus > 1)}{' + 1 GPU' * gpu}"
+        fix = f"lower --{field}.workers to {room}" if room else f"--{field}.gpu false" if gpu else "add nodes"
+        raise UserError(f"asked for {workers} workers x {each}; the cluster has {has}, room for {room}: {fix}")
+
+
+def scaling(train: Train) -> ScalingConfig:
+    """The workers of a training: `threads` CPUs each, or an equal share of all that the cluster has."""
+    cpus = train.threads or max(1, int(ray.cluster_resources().get("CPU", 1)) // train.workers)
+    resources = {"CPU": cpus, "GPU": 1} if train.gpu else {"CPU": cpus}
+    return ScalingConfig(num_workers=train.workers, use_gpu=train.gpu, resources_per_worker=resources)
+
+
+def _probe(address: str) -> None:
+    """UserError if nothing listens at host:port; Ray would try for minutes."""
+    host, _, port = address.rpartition("/")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host, int(port)), timeout=10).close()
+        except OSError as error:
+            raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error}); unset it for a local Ray") from None
+
+
+def writable(folder: str | os.PathLike[str]) -> Path:
+    """The folder, made if need be, after a trial file in it; UserError if it cannot be written."""
+    try:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from None
+    return Path(folder)

@@ -1,0 +1,188 @@
+"""Annotator: a callable on a batch of encoded images -> rows of the label table. What jobs/annotate.py runs everywhere.
+
+annotator = Annotator("run/model")
+table = annotator({"uri": ["/a.jpg"], "bytes": [data], "error": [""]})      # labels.SCHEMA, one row per image
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from lcrnet import image, labels, weights
+from lcrnet.config import Config, from_dict
+from lcrnet.image import Unreadable
+from lcrnet.pose import Person
+
+DETECTION: dict[str, tuple[str, ...]] = {
+    "image": ("short_side", "max_side"),
+    "rpn": ("nms_iou", "pre_nms", "post_nms", "min_size"),
+    "head": ("score_floor", "passes"),
+    "ppi": ("th_pose3D", "th_iou", "iou_func", "min_mode_score", "th_persondetect"),
+}
+"""The fields that may differ from those a model was trained with: they change what it finds, not what it is."""
+
+_PIXELS = 64_000_000
+"""Decoded pixels that one call of the model gets at most (192 MB), so that a batch of photographs fits into memory."""
+
+
+def settings(own: Config, asked: Config) -> Config:
+    """The configuration a model detects with: its own, but for the fields of DETECTION that `asked` says explicitly.
+
+    own     that of the model folder
+    asked   of the job: what its file or its command line sets, not its defaults, takes the place of the model's
+    """
+    out = own.model_dump()
+    for section, fields in DETECTION.items():
+        wanted = getattr(asked, section)
+        said = wanted.model_fields_set if section in asked.model_fields_set else set()
+        out[section] |= {name: getattr(wanted, name) for name in fields if name in said}
+    return from_dict(out)
+
+
+def config_id(config: Config, max_pixels: int = image.MAX_PIXELS) -> str:
+    """16 hex digits of what decides the labels besides the weights. Batch size, workers and device do not."""
+    decides: dict[str, Any] = {
+        section: {name: getattr(getattr(config, section), name) for name in fields}
+        for section, fields in DETECTION.items()
+    }
+    return hashlib.sha256(json.dumps([decides, max_pixels], sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass
+class _Picture:
+    """What becomes known of one image of a batch."""
+
+    uri: str
+    data: bytes
+    error: str | None
+    size: tuple[int, int] = (0, 0)  # height, width
+    people: Sequence[Person] = ()
+
+
+class Annotator:
+    """Finds the people of encoded images.
+
+    model       model folder
+    device      of torch; None: a GPU if there is one
+    max_pixels  larger images are unreadable
+    batch       images a call of the model
+    asked       configuration whose explicit detection settings take the place of the model's (see `settings`)
+    root        folder that is labelled, for the groups of its images (labels.group_of)
+    threads     that decode ahead of the model
+    load        opens the model folder: an object with config, skeleton and detect_batch
+    """
+
+    def __init__(
+        self,
+        model: str | os.PathLike[str],
+        device: str | None = None,
+        max_pixels: int = image.MAX_PIXELS,
+        batch: int = 16,
+        asked: Config | None = None,
+        root: str = "",
+        threads: int = 4,
+        load: Callable[..., Any] = weights.load,
+    ):
+        self.model = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.max_pixels, self.batch, self.root, self.threads = max_pixels, batch, root, threads
+        if asked is not None:
+            self.model.config = settings(self.model.config, asked)
+            self.model.rpn.config = self.model.config.rpn
+        self.model_id = weights.model_id(model)
+        self.config_id = config_id(self.model.config, max_pixels)
+
+    def __call__(self, batch: Mapping[str, Sequence[Any]]) -> pa.Table:
+        """One row per image, in the order given, whatever becomes of it.
+
+        batch   columns `uri` (str), `bytes` (the encoded image, b"" where it could not be read) and `error` (why, or "")
+        """
+        pictures = [
+            _Picture(str(uri), bytes(data), str(error or "") or None)
+            for uri, data, error in zip(batch["uri"], batch["bytes"], batch["error"], strict=True)
+        ]
+        for group, pixels in self._decoded(self._groups(pictures)):
+            self._detect(group, pixels)
+        return labels.table(self._row(picture) for picture in pictures)
+
+    def _groups(self, pictures: Sequence[_Picture]) -> list[list[_Picture]]:
+        """Images of similar shape (padding is lost work), at most `batch` of them and _PIXELS pixels, but one."""
+        for picture in pictures:
+            if picture.error is None:
+                try:
+                    picture.size = image.size(picture.data, self.max_pixels)
+                except Unreadable as error:
+                    picture.error = str(error)
+        groups: list[list[_Picture]] = []
+        pixels = 0
+        for picture in sorted(
+            (p for p in pictures if p.error is None), key=lambda p: (p.size[1] / p.size[0], p.size, p.uri)
+        ):
+            area = picture.size[0] * picture.size[1]
+            if not groups or len(groups[-1]) == self.batch or pixels + area > _PIXELS:
+                groups.append([])
+                pixels = 0
+            groups[-1].append(picture)
+            pixels += area
+        return groups
+
+    def _decoded(self, groups: Sequence[list[_Picture]]) -> Iterator[tuple[list[_Picture], list[np.ndarray | None]]]:
+        """Each group with its pixels, the next one being decoded while the model has this one."""
+        with ThreadPoolExecutor(self.threads) as pool:
+            ahead = [pool.submit(self._decode, picture) for group in groups[:1] for picture in group]
+            for i, group in enumerate(groups):
+                now, ahead = (
+                    ahead,
+                    [pool.submit(self._decode, p) for following in groups[i + 1 : i + 2] for p in following],
+                )
+                yield group, [one.result() for one in now]
+
+    def _decode(self, picture: _Picture) -> np.ndarray | None:
+        try:
+            pixels = image.decode(picture.data, self.max_pixels)
+        except Unreadable as error:
+            picture.error = str(error)
+            return None
+        picture.size = pixels.shape[0], pixels.shape[1]
+        return pixels
+
+    def _detect(self, group: Sequence[_Picture], pixels: Sequence[np.ndarray | None]) -> None:
+        whole = [(picture, shot) for picture, shot in zip(group, pixels, strict=True) if shot is not None]
+        try:
+            found = self.model.detect_batch([shot for _, shot in whole]) if whole else []
+        except Exception:
+            # An image must not cost its neighbours their labels. But if the model fails at a plain grey image too, the
+            # fault is not the images': raise, rather than record thousands of them as unreadable.
+            self.model.detect_batch([np.full((64, 64, 3), 128, np.uint8)])
+            for picture, shot in whole:
+                try:
+                    picture.people = self.model.detect_batch([shot])[0]
+                except Exception as error:
+                    picture.error = f"the model failed: {type(error).__name__}: {' '.join(str(error).split())}"[:300]
+            return
+        for (picture, _), people in zip(whole, found, strict=True):
+            picture.people = people
+
+    def _row(self, picture: _Picture) -> dict[str, Any]:
+        known = picture.error is None
+        return labels.row(
+            picture.uri,
+            sha256=hashlib.sha256(picture.data).hexdigest() if picture.data else None,
+            width=picture.size[1] if known else None,
+            height=picture.size[0] if known else None,
+            group=labels.group_of(picture.uri, self.root),
+            error=picture.error,
+            people=picture.people,
+            model=self.model_id,
+            config=self.config_id,
+            skeleton=self.model.skeleton.name,
+        )

@@ -1,0 +1,390 @@
+"""The typed configuration: one YAML file a recipe, dotted overrides, everything else refused in one line.
+
+    config = load("configs/tiny.yaml", {"train.lr": "0.01"})
+
+Every field has a description, which is what `--help` prints. `save` writes the resolved configuration.
+"""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic.fields import FieldInfo
+
+
+class ConfigError(ValueError):
+    """A configuration that cannot be used; the message is one line and names the fix."""
+
+
+class UserError(Exception):
+    """Input that the user can mend. Jobs print the message, without a traceback, and exit with 2."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Count = Annotated[int, Field(ge=1)]
+Floats = tuple[Positive, ...]
+
+
+class Model(Section):
+    """The network."""
+
+    backbone: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = Field(
+        "resnet50", description="body and box head; resnetN is C4 (conv1-4, head res5), tiny is for CPUs"
+    )
+    norm: Literal["frozen_bn", "gn"] = Field("frozen_bn", description="frozen_bn needs pretrained weights, gn does not")
+    freeze: int = Field(2, ge=0, le=4, description="stages kept fixed, from the image on (0 trains everything)")
+    roi_size: Count = Field(7, description="bins a side of the pooled features of a region")
+    sampling_ratio: int = Field(2, ge=0, description="RoIAlign samples a side of a bin; 0 adapts to the region")
+    shared_regressor: bool = Field(False, description="add one regressor for all anchor poses to those of each")
+
+
+class Rpn(Section):
+    """The region proposal network."""
+
+    sizes: Floats = Field((32, 64, 128, 256, 512), description="sides of the anchor boxes, pixels of the resized image")
+    ratios: Floats = Field((0.5, 1, 2), description="height / width of the anchor boxes")
+    nms_iou: Share = Field(0.7, description="overlap above which the weaker proposal is dropped")
+    pre_nms: Count = Field(6000, description="proposals before NMS when detecting")
+    post_nms: Count = Field(1000, description="proposals after NMS when detecting")
+    train_pre_nms: Count = Field(12000, description="proposals before NMS in training")
+    train_post_nms: Count = Field(2000, description="proposals after NMS in training")
+    samples: Count = Field(256, description="anchor boxes an image in the loss")
+    positive_share: Share = Field(0.5, description="at most this share of them on people")
+    positive_iou: Share = Field(0.7, description="overlap that makes an anchor box a person")
+    negative_iou: Share = Field(0.3, description="overlap under which it is background")
+    min_size: NonNegative = Field(1, description="smallest side of a proposal, pixels of the resized image")
+
+
+class Head(Section):
+    """Sampling of regions, their losses, and what is kept of their predictions."""
+
+    samples: Count = Field(128, description="regions an image in the loss")
+    positive_share: Share = Field(0.25, description="at most this share of them on people")
+    positive_iou: Share = Field(0.5, description="overlap that makes a region a person")
+    jitter: int = Field(0, ge=0, description="moved copies of each true box among the regions")
+    beta2d: Positive = Field(0.1, description="where smooth L1 turns linear, units of the box")
+    beta3d: Positive = Field(0.1, description="the same, metres")
+    class_weight: NonNegative = Field(1, description="weight of the class loss")
+    weight2d: NonNegative = Field(1, description="weight of the 2D loss")
+    weight3d: NonNegative = Field(1, description="weight of the 3D loss")
+    score_floor: Share = Field(0.005, description="(region, anchor pose) pairs below it are never decoded")
+    passes: int = Field(1, ge=1, le=3, description="2: the boxes of the poses found go through the head once more")
+
+
+class Ppi(Section):
+    """Pose proposals integration: proposals -> people. Named as in the released parameter sets."""
+
+    th_pose3D: Positive = Field(0.3, description="mean joint distance within one mode, metres")
+    th_iou: Share = Field(0.1, description="2D overlap that puts proposals into one group (a distance for others)")
+    iou_func: Literal[
+        "bbox", "bbox_torsohead", "torso", "torsoLR", "torsohead", "torsoheadLR", "head", "shoulderhead",
+        "shoulderheadLR", "mje",
+    ] = Field("bbox_torsohead", description="what overlap is measured on")  # fmt: skip
+    min_mode_score: NonNegative = Field(0.1, description="a mode weaker than this is no person")
+    th_persondetect: NonNegative = Field(0.5, description="summed score from which on a group is a person")
+
+
+class Image(Section):
+    """Resizing and normalisation, the same for training and detecting."""
+
+    short_side: Count = Field(800, description="images are resized to this short side ...")
+    max_side: Count = Field(1333, description="... unless the long side would pass this")
+    mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, of values in 0..1")
+    std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
+
+
+class Anchors(Section):
+    """Anchor poses, the classes of the network."""
+
+    file: str | None = Field(None, description="anchor poses to use; without it they are clustered from the data")
+    k: Count = Field(10, description="3D poses to cluster")
+    upper: bool = Field(True, description="add a variant of each for boxes round the upper body")
+
+
+class Data(Section):
+    """Training images and labels."""
+
+    flip: Share = Field(0.5, description="share of samples that are mirrored, left and right joints swapped")
+    scale: tuple[Positive, Positive] = Field((0.8, 1.25), description="random factor on the size of the image")
+    colour: Share = Field(0, description="random brightness, contrast and colour, at most this part")
+    loaders: int = Field(2, ge=0, description="processes a worker that decode images; 0 = in the worker itself")
+    min_joints: Count = Field(4, description="people with fewer labelled joints are ignored regions")
+
+
+class Train(Section):
+    """The optimisation."""
+
+    steps: Count = Field(90000, description="optimiser steps, for `batch` images each")
+    batch: Count = Field(16, description="images of one step, over all workers")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd")
+    lr: Positive = Field(0.02, description="learning rate for `batch` images")
+    momentum: Share = Field(0.9, description="SGD momentum, or Adam's beta1")
+    beta2: Share = Field(0.999, description="Adam's beta2")
+    weight_decay: NonNegative = Field(0.0001, description="not applied to biases and norms")
+    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    schedule: Literal["steps", "cosine"] = Field("steps")
+    decay_at: tuple[Share, ...] = Field((0.67, 0.89), description="parts of the run after which `steps` divides by 10")
+    clip: NonNegative = Field(0, description="largest norm of the gradient; 0 = no limit")
+    ema: Share = Field(0, description="decay of the averaged weights that are kept; 0 = none")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the network under autocast")
+    seed: int = Field(0, description="same seed and workers, same result")
+    workers: Count = Field(1, description="processes that train together")
+    gpu: bool = Field(False, description="each on a GPU of its own")
+    threads: int = Field(0, ge=0, description="CPU threads of each; 0 = the cores it was given")
+    init: str | None = Field(None, description="model folder to start from")
+    save_every: Count = Field(1000, description="steps between checkpoints")
+    log_every: Count = Field(20, description="steps between lines and TensorBoard scalars")
+    keep: Count = Field(2, description="checkpoints kept")
+    max_failures: int = Field(3, ge=0, description="restarts after a lost worker")
+
+
+class Annotate(Section):
+    """Labelling of image folders."""
+
+    batch: Count = Field(16, description="images a call of the model")
+    workers: Count = Field(1, description="models that run side by side")
+    gpu: bool = Field(False, description="each on a GPU of its own")
+    block: Count = Field(256, description="images of one Parquet file, which is what a kill can cost")
+    max_pixels: Count = Field(100_000_000, description="larger images are recorded as unreadable")
+
+
+class Coco(Section):
+    """Which labels become a COCO data set, and how it is split."""
+
+    min_score: Share = Field(0.5, description="people below this score become ignored regions (iscrowd)")
+    min_joint_score: Share = Field(0, description="joints below this score are marked hidden")
+    val_share: Share = Field(0.2, description="share of the groups that goes to val.json")
+    images: Literal["link", "copy"] = Field("link", description="how COCO/images is filled")
+
+
+class Evaluate(Section):
+    """Matching of people to truth, and the thresholds of the figures."""
+
+    oks: Share = Field(0.5, description="OKS from which on a person is found")
+    min_score: Share = Field(0.5, description="people below this score do not count as detected (OKS-AP takes all)")
+    pck2d: Positive = Field(0.2, description="PCK threshold, units of the torso's length")
+    pck3d_mm: Positive = Field(150, description="3DPCK threshold, millimetres")
+
+
+class Tune(Section):
+    """The sweep: a search space over dotted fields."""
+
+    space: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="field: {loguniform: [a, b]} | {uniform: [a, b]} | {choice: [...]}"
+    )
+    trials: Count = Field(4, description="trials of the sweep")
+    metric: str = Field("oks_ap", description="a figure of metrics.json")
+    mode: Literal["max", "min"] = Field("max")
+    concurrent: int = Field(0, ge=0, description="trials at a time; 0 = as many as the cluster holds")
+
+
+class Draw(Section):
+    """The embedded data set: drawn people (synthetic.py)."""
+
+    train: Count = Field(10000, description="drawings to train on")
+    val: Count = Field(100, description="drawings to evaluate on")
+    unlabelled: Count = Field(200, description="drawings to annotate")
+    size: Count = Field(128, description="side of a drawing, pixels")
+    heading: float = Field(180, gt=0, le=180, description="people face within so many degrees of the camera")
+    finetune_steps: Count = Field(50, description="steps on the COCO set made of the labels")
+
+
+class Config(Section):
+    """Everything that decides a result."""
+
+    image: Image = Image()
+    anchors: Anchors = Anchors()
+    model: Model = Model()
+    rpn: Rpn = Rpn()
+    head: Head = Head()
+    ppi: Ppi = Ppi()
+    data: Data = Data()
+    train: Train = Train()
+    annotate: Annotate = Annotate()
+    coco: Coco = Coco()
+    evaluate: Evaluate = Evaluate()
+    tune: Tune = Tune()
+    draw: Draw = Draw()
+
+    @model_validator(mode="after")
+    def _possible(self) -> Config:
+        if self.train.batch % self.train.workers:
+            raise ValueError(f"train.batch {self.train.batch} is not divisible by train.workers {self.train.workers}")
+        if self.rpn.negative_iou > self.rpn.positive_iou:
+            raise ValueError(f"rpn.negative_iou {self.rpn.negative_iou} is above rpn.positive_iou")
+        if self.image.max_side < self.image.short_side:
+            raise ValueError(f"image.max_side {self.image.max_side} is below image.short_side {self.image.short_side}")
+        if self.data.scale[0] > self.data.scale[1]:
+            raise ValueError(f"data.scale {list(self.data.scale)} must be [smallest, largest]")
+        fields = list(leaves())
+        for name in self.tune.space:
+            if name not in fields:
+                raise ValueError(f"tune.space: {_unknown(name, fields)}")
+        return self
+
+
+def leaves() -> dict[str, FieldInfo]:
+    """Every field by its dotted name, in the order they are declared."""
+    return {
+        f"{section}.{name}": info
+        for section, part in Config.model_fields.items()
+        for name, info in getattr(part.annotation, "model_fields", {}).items()
+    }
+
+
+def load(file: str | os.PathLike[str] | None = None, overrides: dict[str, Any] | None = None) -> Config:
+    """The configuration of a YAML file (or the defaults) with dotted overrides, whose values may be YAML text.
+
+    ConfigError: the file is missing or no YAML, a key is unknown, a value impossible; it names the nearest right one.
+    """
+    values: dict[str, Any] = {}
+    if file is not None:
+        try:
+            values = yaml.safe_load(Path(file).read_text(encoding="utf-8")) or {}
+        except OSError as error:
+            raise ConfigError(f"{file}: {error.strerror or error}") from None
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{file}: not YAML: {' '.join(str(error).split())}") from None
+        if not isinstance(values, dict):
+            raise ConfigError(f"{file}: expected sections such as `train:`, found {type(values).__name__}")
+    for name, value in (overrides or {}).items():
+        section, _, field = name.partition(".")
+        if name not in leaves():
+            raise ConfigError(_unknown(name, list(leaves())))
+        if not isinstance(values.setdefault(section, {}), dict):
+            raise ConfigError(f"{file}: {section}: expected fields below it")
+        values[section][field] = _number(yaml.safe_load(value)) if isinstance(value, str) else value
+    return from_dict(values, str(file) if file is not None else "configuration")
+
+
+def from_dict(values: dict[str, Any], origin: str = "configuration") -> Config:
+    """The configuration of nested dicts; ConfigError as `load`, naming `origin`."""
+    try:
+        return Config.model_validate(_numbers(values))
+    except ValidationError as error:
+        raise ConfigError(f"{origin}: {'; '.join(_explain(dict(e)) for e in error.errors())}") from None
+
+
+def save(config: Config, file: str | os.PathLike[str]) -> None:
+    """Writes the resolved configuration as YAML that `load` reads back to an equal one."""
+    Path(file).write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False), encoding="utf-8")
+
+
+def parser(usage: str, config_required: bool = False) -> argparse.ArgumentParser:
+    """A command line with `--config FILE` and every field of the configuration as `--section.field VALUE`.
+
+    usage   what the job does (the module's docstring); the job adds its own arguments to the parser.
+    """
+    out = _Parser(
+        description=usage, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )  # fmt: skip
+    out.add_argument("--config", metavar="FILE", required=config_required, help="YAML recipe, e.g. configs/tiny.yaml")
+    sections = {name: info for name, info in Config.model_fields.items()}
+    groups = {
+        name: out.add_argument_group(name, (info.annotation.__doc__ or "").strip()) for name, info in sections.items()
+    }  # fmt: skip
+    for name, info in leaves().items():
+        groups[name.split(".")[0]].add_argument(
+            f"--{name}",
+            metavar="VALUE",
+            default=argparse.SUPPRESS,
+            help=f"{info.description or ''} [{_kind(info.annotation)}; default {_text(info.get_default(call_default_factory=True))}]".replace(
+                "%", "%%"
+            ),
+        )
+    return out
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> tuple[argparse.Namespace, Config]:
+    """(the job's own arguments, the resolved configuration); exits with 2 and one line on a mistake."""
+    args = parser.parse_args(argv)
+    try:
+        return args, load(args.config, {k: v for k, v in vars(args).items() if "." in k})
+    except ConfigError as error:
+        parser.error(str(error))
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Runs a job and ends the process: 0 done, 2 the user's mistake (one line, no traceback), 130 interrupted."""
+    try:
+        sys.exit(main() or 0)
+    except (UserError, ConfigError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse, naming the nearest option when one is unknown."""
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        found, rest = self.parse_known_args(args, namespace)
+        if rest:
+            options = [o for action in self._actions for o in action.option_strings]
+            flag = next((r for r in rest if r.startswith("-")), rest[0])
+            self.error(_unknown(flag.split("=")[0], options))
+        return found
+
+    def error(self, message: str) -> Any:
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _unknown(name: str, known: Sequence[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    return f"unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
+
+
+def _explain(error: dict[str, Any]) -> str:
+    """One pydantic error as `train.lr: ...`."""
+    where = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        sections = list(Config.model_fields)
+        return _unknown(where, sections if len(error["loc"]) == 1 else list(leaves()))
+    if error["type"] == "literal_error":
+        choices = [c.strip(" '") for c in error["ctx"]["expected"].replace(" or ", ",").split(",")]
+        near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.4)
+        hint = f"; did you mean {near[0]!r}?" if near else ""
+        return f"{where}: {error['input']!r} is not one of {', '.join(choices)}{hint}"
+    message = error["msg"].removeprefix("Value error, ")
+    message = message[:1].lower() + message[1:]
+    return f"{where}: {message}, not {error['input']!r}" if where else message
+
+
+def _number(value: Any) -> Any:
+    """YAML 1.1 takes 1e-4 for text; we take it for a number."""
+    if isinstance(value, str):
+        try:
+            return float(value)
+        except ValueError:
+            return value
+    return [_number(v) for v in value] if isinstance(value, list) else value
+
+
+def _numbers(values: Any) -> Any:
+    return {k: _numbers(v) for k, v in values.items()} if isinstance(values, dict) else _number(values)
+
+
+def _kind(annotation: Any) -> str:
+    if get_origin(annotation) is Literal:
+        return " | ".join(str(a) for a in get_args(annotation))
+    return str(getattr(annotation, "__name__", annotation)).replace("typing.", "")
+
+
+def _text(value: Any) -> str:
+    return str(list(value) if isinstance(value, tuple) else value)

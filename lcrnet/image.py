@@ -1,0 +1,156 @@
+"""Image files -> upright RGB pixels, and the one rule of resizing: the same for training and labelling.
+
+    pixels = read("photo.jpg")                                      # (H, W, 3) uint8 RGB
+    small, scale = resize(pixels, short_side=800, max_side=1333)    # (x, y) of pixels is (x, y) * scale of small
+
+Whatever is no whole picture (text, a cut file, a bomb, a folder) is `Unreadable`, with the reason in a few words.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import PurePath
+
+import cv2
+import numpy as np
+import torch
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+MAX_PIXELS = 100_000_000
+"""Pictures of more pixels are refused, by their header, before any pixel is decoded."""
+
+IMAGE_SUFFIXES = frozenset(
+    ".jpg .jpeg .jpe .jfif .mpo .png .apng .bmp .dib .gif .tif .tiff .webp .avif .jp2 .ppm .pgm .pbm .pnm .heic .heif"
+    .split()
+)  # fmt: skip
+"""What a folder of images is searched for. HEIC, which we cannot decode, becomes a recorded fact, not a silent loss."""
+
+# Only plain pixel formats: Pillow would also run Ghostscript on an EPS that is named .jpg. JPEG includes MPO.
+_FORMATS = ("JPEG", "PNG", "BMP", "DIB", "GIF", "TIFF", "WEBP", "AVIF", "JPEG2000", "PPM")
+
+
+class Unreadable(ValueError):
+    """Not a whole picture; the message is a short reason."""
+
+
+def is_image_name(name: str | os.PathLike[str]) -> bool:
+    """Whether a file of this name is taken for a picture: by its suffix, in upper or lower case."""
+    return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def read(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """The picture of a file as `decode` gives it; Unreadable as well for what cannot be opened or is no plain file."""
+    return decode(read_bytes(path, max_pixels), max_pixels)
+
+
+def read_bytes(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> bytes:
+    """The encoded bytes of a file; Unreadable for folders, pipes, dangling links, and more bytes than pixels need."""
+    try:
+        info = os.stat(path)
+        if not stat.S_ISREG(info.st_mode):  # opening a pipe would wait for ever
+            raise Unreadable("a folder" if stat.S_ISDIR(info.st_mode) else "not a plain file")
+        if info.st_size > 8 * max_pixels + 2**24:  # 8 bytes a pixel: RGBA of 16 bits, not compressed
+            raise Unreadable(f"file of {info.st_size} bytes is too large for {max_pixels} pixels")
+        with open(path, "rb") as file:
+            return file.read()
+    except OSError as error:
+        raise Unreadable((error.strerror or str(error)).lower()) from None
+
+
+def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+    """An encoded picture -> (H, W, 3) uint8 RGB, writable, upright (EXIF orientation applied).
+
+    Of an animation the first frame; 16 bit grey is scaled to 8; what is transparent is laid over white, as viewers
+    show it. Raises Unreadable for anything that is no whole picture of at most `max_pixels` pixels (nor more than
+    Pillow's own limit of 2 * PIL.Image.MAX_IMAGE_PIXELS); nothing is decoded before its size is known.
+    """
+    with _opened(data, max_pixels) as image:
+        image.load()
+        try:
+            ImageOps.exif_transpose(image, in_place=True)
+        except Exception:  # broken EXIF says nothing about the picture
+            pass
+        if image.mode == "F":
+            raise Unreadable("floating point pixels have no agreed range")
+        if image.mode.startswith("I"):  # I;16, I;16B, and I of a PGM: 16 bits
+            grey = np.asarray(image)
+            if grey.min() < 0 or grey.max() > 65535:
+                raise Unreadable("32 bit pixels have no agreed range")
+            return np.repeat(((grey.astype(np.uint32) + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)
+        if image.has_transparency_data:
+            rgba = image.convert("RGBA")
+            white = Image.new("RGBA", rgba.size, "white")
+            return np.array(Image.alpha_composite(white, rgba).convert("RGB"))
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def size(data: bytes, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(height, width) of an encoded picture, upright, as far as its header tells without decoding: for planning.
+
+    Raises Unreadable as `decode` does, but for what only decoding shows (a cut file, an orientation behind the pixels).
+    """
+    with _opened(data, max_pixels) as image:
+        width, height = image.size
+        # Pillow has turned a TIFF's size already, and would decode a PNG to look for EXIF.
+        turned = image.format in ("JPEG", "MPO", "WEBP") and image.getexif().get(274, 1) >= 5
+        return (width, height) if turned else (height, width)
+
+
+@contextmanager
+def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
+    """The picture with its header read; what goes wrong here or within becomes Unreadable."""
+    if not data:
+        raise Unreadable("empty file")
+    Image.init()  # loads the plugins, once
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # bombs and broken metadata: what matters of them ends in Unreadable
+            with Image.open(io.BytesIO(data), formats=[f for f in _FORMATS if f in Image.OPEN]) as image:
+                width, height = image.size
+                if width * height > max_pixels:
+                    raise Unreadable(f"{width} x {height} is more than {max_pixels} pixels")
+                yield image
+    except Unreadable:
+        raise
+    except UnidentifiedImageError:
+        raise Unreadable("not an image of a known format") from None
+    except Image.DecompressionBombError:
+        raise Unreadable(f"more than {max_pixels} pixels") from None
+    except Exception as error:  # Pillow's plugins raise whatever broken bytes lead to: struct.error, SyntaxError, ...
+        raise Unreadable(f"broken image: {' '.join(str(error).split()) or type(error).__name__}"[:200]) from None
+
+
+def resize(image: np.ndarray, short_side: int, max_side: int) -> tuple[np.ndarray, float]:
+    """(H, W, C) uint8 -> (the image times `scale`, scale), so that its short side is `short_side`, unless the long side
+    would pass `max_side`.
+
+    Continuous pixel coordinates (the corner of the image is 0, 0) times `scale` are those of the result exactly; only
+    its border is rounded to whole pixels, and no side below 1. Linear when enlarging, area average when shrinking.
+    """
+    height, width = image.shape[:2]
+    scale = min(short_side / min(height, width), max_side / max(height, width))
+    if scale == 1:
+        return image, 1.0
+    how = cv2.INTER_LINEAR if scale > 1 else cv2.INTER_AREA
+    if min(height, width) * scale < 1:
+        size = max(1, round(width * scale)), max(1, round(height * scale))
+        return cv2.resize(image, size, interpolation=how), scale
+    # By factor, not by size: OpenCV would take size / old size for the factor, a different one for each axis.
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), scale
+
+
+def stack(images: Sequence[np.ndarray], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (H, W, 3) uint8 -> one batch (B, 3, H', W') uint8, padded with 0 on the right and below to whole multiples
+    of the network's stride, and their sizes (B, 2) int64 (height, width).
+    """
+    sizes = torch.tensor([image.shape[:2] for image in images])
+    height, width = (-(-int(side) // multiple) * multiple for side in sizes.max(0).values)
+    batch = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
+    for slot, image in zip(batch, images, strict=True):
+        slot[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
+    return batch.permute(0, 3, 1, 2), sizes

@@ -1,0 +1,240 @@
+"""Pose proposals -> people, against a slow twin that was written apart from it (golden/ppi_reference.py)."""
+
+from __future__ import annotations
+
+import sys
+import time
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+import torch
+
+from lcrnet import config, pose, ppi
+from lcrnet.pose import PoseProposals
+from lcrnet.skeleton import COCO17, LCR13
+
+sys.path.insert(0, str(Path(__file__).parent / "golden"))
+import ppi_reference
+
+SIZE = (240, 320)
+K = 6
+UPPER_ONLY = np.arange(K) >= K // 2
+FUNCTIONS = get_args(config.Ppi.model_fields["iou_func"].annotation)
+STRICT = config.Ppi(th_pose3D=0.12, th_iou=0.14, min_mode_score=0.05, th_persondetect=0.5)
+
+
+def scene(seed: int, people: int, each: int = 12) -> PoseProposals:
+    """Proposals round drawn-at-random people: overlapping, cut off, some mirrored, several 3D modes a person."""
+    rng = np.random.default_rng(seed)
+    count = people * each
+    who = rng.integers(0, max(people, 1), count)
+    shape = rng.uniform(-1, 1, (people, 13, 2)) * [0.5, 1.0]
+    size = rng.uniform(30, 90, (people, 1, 1))
+    place = rng.uniform(-0.1, 1.1, (people, 1, 2)) * [SIZE[1], SIZE[0]]
+    anchor = rng.integers(0, K, count)
+    base3d = rng.normal(0, 0.3, (K // 2, 13, 3))
+    pose2d = (shape * size + place)[who] + rng.normal(0, 4, (count, 13, 2))
+    pose3d = base3d[anchor % (K // 2)] + rng.normal(0, 0.05, (count, 13, 3))
+    mirrored = rng.random(count) < 0.3
+    pose2d[mirrored] = pose2d[mirrored][:, LCR13.mirror]
+    score = rng.uniform(0.005, 1, count) ** 2
+    return PoseProposals(
+        box=pose.box_of(pose2d).astype(np.float32),
+        score=score.astype(np.float32),
+        anchor=anchor,
+        pose2d=pose2d.astype(np.float32),
+        pose3d=pose3d.astype(np.float32),
+    )
+
+
+def rows(proposals: PoseProposals, index: Any) -> PoseProposals:
+    return PoseProposals(*(v[index] for v in proposals.__dict__.values()))
+
+
+def reference(proposals: PoseProposals, params: config.Ppi, upper_only: np.ndarray) -> list[ppi_reference.Found]:
+    return ppi_reference.integrate(
+        proposals.score, proposals.anchor, proposals.pose2d, proposals.pose3d, *SIZE, upper_only, **params.model_dump()
+    )
+
+
+@pytest.mark.parametrize("iou_func", FUNCTIONS)
+def test_equals_the_slow_twin(iou_func: str) -> None:
+    found_any = merged = 0
+    for seed in range(11):
+        proposals = scene(seed, people=seed)
+        params = STRICT.model_copy(update={"iou_func": iou_func, "th_iou": 0.3 if "bbox" in iou_func else 0.1})
+        truth = reference(proposals, params, UPPER_ONLY)
+        found = ppi.integrate(proposals, SIZE, params, LCR13, UPPER_ONLY)
+        assert len(found) == len(truth)
+        for person, true in zip(found, truth, strict=True):
+            np.testing.assert_allclose(person.pose2d, true.pose2d, rtol=0, atol=0.01)
+            np.testing.assert_allclose(person.pose3d, true.pose3d, rtol=0, atol=1e-5)
+            np.testing.assert_allclose(person.spread, true.spread, rtol=0, atol=1e-5)
+            assert person.score == pytest.approx(true.mass / (1 + true.mass), abs=1e-5)
+            assert person.support == len(true.members)
+            assert person.anchor == proposals.anchor[true.members[0]]
+            agreement = person.score * np.exp(-np.array(true.spread) / params.th_pose3D)
+            np.testing.assert_allclose(person.joint_score, agreement, atol=1e-4)
+        found_any += len(found)
+        merged += sum(p.support > 1 for p in found)
+    assert found_any > 20 and merged > 10, "the scenes test nothing"
+
+
+def test_iou_funcs_differ() -> None:
+    """Not all of them are the same one by mistake."""
+    proposals = scene(3, people=8, each=20)
+    groupings = set()
+    for iou_func in FUNCTIONS:
+        found = ppi.modes(proposals, SIZE, STRICT.model_copy(update={"iou_func": iou_func, "th_iou": 0.04}))
+        groupings.add(tuple(tuple(sorted(m)) for m in found))
+    assert len(groupings) == len(FUNCTIONS)
+
+
+def test_left_right_variants_see_through_a_swap() -> None:
+    """A proposal that confuses the sides of the person is another person for `torso`, the same for `torsoLR`."""
+    one = rows(scene(1, people=1), [0, 0])
+    one.pose2d[1] = one.pose2d[0][LCR13.mirror]
+    one.score[:] = [0.9, 0.8]
+    params = STRICT.model_copy(update={"th_iou": 0.02, "th_persondetect": 0.1})
+    assert len(ppi.integrate(one, SIZE, params.model_copy(update={"iou_func": "torso"}))) == 2
+    assert len(ppi.integrate(one, SIZE, params.model_copy(update={"iou_func": "torsoLR"}))) == 1
+
+
+def test_order_of_proposals_does_not_matter() -> None:
+    rng = np.random.default_rng(0)
+    for seed in range(20):
+        proposals = scene(seed, people=4)
+        shuffled = rows(proposals, rng.permutation(len(proposals)))
+        a, b = (ppi.integrate(p, SIZE, STRICT, LCR13, UPPER_ONLY) for p in (proposals, shuffled))
+        assert len(a) == len(b)
+        for p, q in zip(a, b, strict=True):
+            np.testing.assert_array_equal(p.pose3d, q.pose3d)
+            np.testing.assert_array_equal(p.pose2d, q.pose2d)
+            assert p.score == q.score
+
+
+def test_of_equal_scores_the_first_leads() -> None:
+    twin = rows(scene(1, people=1), [0, 0, 0])
+    twin.anchor = np.array([4, 2, 5])
+    found = ppi.integrate(twin, SIZE, STRICT)
+    assert [(p.anchor, p.support) for p in found] == [(4, 3)]
+
+
+def test_legs_of_upper_body_anchors_count_a_tenth() -> None:
+    pair = rows(scene(1, people=1), [0, 0])
+    pair.score = np.array([0.6, 0.6], np.float32)
+    pair.anchor = np.array([0, K - 1])
+    pair.pose2d[1] += 11
+    person = ppi.integrate(pair, SIZE, STRICT, LCR13, UPPER_ONLY)[0]
+    moved = person.pose2d - pair.pose2d[0]
+    np.testing.assert_allclose(moved[LCR13.lower], 11 * 0.1 / 1.1, atol=1e-3)
+    np.testing.assert_allclose(moved[LCR13.upper], 5.5, atol=1e-3)
+    assert person.score == pytest.approx(1.2 / 2.2, abs=1e-6)  # the score is of the whole weight
+
+
+def test_a_group_is_one_person_and_its_heaviest_mode() -> None:
+    """Two modes at one place: the sum of scores decides, not the best single score."""
+    base = rows(scene(1, people=1), [0, 0, 0])
+    base.score = np.array([0.7, 0.5, 0.5], np.float32)
+    base.pose3d[1:] += 1
+    found = ppi.integrate(base, SIZE, STRICT)
+    assert len(found) == 1
+    assert found[0].support == 2 and found[0].score == pytest.approx(0.5, abs=1e-6)
+    # Centres below min_mode_score make no second mode.
+    found = ppi.integrate(base, SIZE, STRICT.model_copy(update={"min_mode_score": 0.6}))
+    assert found[0].support == 1
+    assert ppi.integrate(base, SIZE, STRICT.model_copy(update={"th_persondetect": 1.01})) == []
+
+
+def test_pose_cut_off_by_the_border_is_one_person() -> None:
+    """Torso and head above the image leave a box without height; proposals still find each other."""
+    cut = rows(scene(1, people=1), [0] * 4)
+    cut.pose2d -= cut.pose2d[:, LCR13.upper, 1].max() + 20
+    cut.pose2d[..., 0] += 160 - cut.pose2d[..., 0].mean()
+    cut.score[:] = 0.5
+    assert len(ppi.integrate(cut, SIZE, STRICT)) == 1
+
+
+def test_not_finite_proposals_are_left_out() -> None:
+    """A NaN in the best proposal is an endless loop in the released code."""
+    proposals = scene(2, people=2)
+    best = np.argsort(-proposals.score)[:4]
+    expected = ppi.integrate(rows(proposals, np.setdiff1d(np.arange(len(proposals)), best)), SIZE, STRICT)
+    proposals.pose3d[best[0], 5, 2] = np.nan
+    proposals.pose2d[best[1], 0, 0] = np.inf
+    proposals.score[best[2:]] = [np.nan, -np.inf]
+    assert (~ppi.usable(proposals)).sum() == 4
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = ppi.integrate(proposals, SIZE, STRICT)
+    assert len(found) == len(expected) > 0
+    for p, q in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(p.pose3d, q.pose3d)
+    proposals.score[:] = np.nan
+    assert ppi.integrate(proposals, SIZE, STRICT) == []
+
+
+def test_empty_and_single() -> None:
+    assert ppi.integrate(scene(0, people=0), SIZE, STRICT) == []
+    one = rows(scene(1, people=1), [0])
+    one.score[:] = 0.8
+    (person,) = ppi.integrate(one, SIZE, STRICT, LCR13, UPPER_ONLY)
+    np.testing.assert_allclose(person.pose2d, one.pose2d[0], rtol=1e-6)
+    assert person.support == 1 and person.score == pytest.approx(0.8 / 1.8)
+    np.testing.assert_allclose(person.spread, 0, atol=1e-7)
+    np.testing.assert_allclose(person.joint_score, person.score, atol=1e-6)
+    assert person.place is None
+
+
+def test_persons_are_sorted_and_in_range() -> None:
+    for seed in range(10):
+        many = scene(seed, people=6, each=60)
+        found = ppi.integrate(many, SIZE, STRICT, LCR13, UPPER_ONLY)
+        scores = [p.score for p in found]
+        assert scores == sorted(scores, reverse=True)
+        for person in found:
+            assert 0 < person.score <= 1
+            assert (person.joint_score >= 0).all() and (person.joint_score <= person.score + 1e-6).all()
+            assert (person.box[:2] >= 0).all() and person.box[2] <= SIZE[1] and person.box[3] <= SIZE[0]
+            assert person.pose2d.dtype == person.pose3d.dtype == np.float32
+    crowd = replace(many, score=np.full(len(many), 1e6, np.float32))
+    assert max(p.score for p in ppi.integrate(crowd, SIZE, STRICT)) <= 1
+
+
+def test_tensors_and_other_skeletons() -> None:
+    proposals = scene(4, people=3)
+    tensors = PoseProposals(*(torch.from_numpy(v) for v in proposals.__dict__.values()))
+    a, b = (ppi.integrate(p, SIZE, STRICT, LCR13, UPPER_ONLY) for p in (proposals, tensors))
+    assert [p.score for p in a] == [p.score for p in b]
+    wide = replace(
+        proposals,
+        pose2d=np.concatenate([proposals.pose2d, proposals.pose2d[:, :4]], 1),
+        pose3d=np.concatenate([proposals.pose3d, proposals.pose3d[:, :4]], 1),
+    )
+    for iou_func in FUNCTIONS:
+        found = ppi.integrate(wide, SIZE, STRICT.model_copy(update={"iou_func": iou_func}), COCO17)
+        assert found and found[0].pose2d.shape == (17, 2)
+
+
+def test_many_modes_equal_the_slow_twin() -> None:
+    """More modes in a group than there are pivots, where distances are first bounded."""
+    proposals = scene(5, people=1, each=150)
+    rng = np.random.default_rng(5)
+    proposals.pose3d += rng.normal(0, 0.06, proposals.pose3d.shape).astype(np.float32)
+    for limit in (0.08, 0.12, 0.16, 0.2):
+        params = STRICT.model_copy(update={"th_pose3D": limit, "th_iou": 0.0, "th_persondetect": 0.0})
+        truth = reference(proposals, params, UPPER_ONLY)
+        found = ppi.modes(proposals, SIZE, params)
+        assert [sorted(m) for m in found] == [sorted(f.members) for f in truth]
+
+
+def test_twenty_thousand_proposals() -> None:
+    """What an untrained network proposes takes well under a second (the released code: 1.8 to 3.2 s)."""
+    proposals = scene(6, people=30, each=667)
+    start = time.process_time()
+    assert ppi.integrate(proposals, SIZE, config.Ppi(), LCR13, UPPER_ONLY)
+    assert time.process_time() - start < 1
