@@ -1,8 +1,8 @@
 """Anchor poses: clustered from the people of a COCO file, or taken out of a released LCR-Net model.
 
-    python jobs/anchors.py --data ANN.json --out ANCHORS.json --anchors.k 16    cluster, and how well they cover the data
+    python jobs/anchors.py --data ANN.json --out ANCHORS.json --anchors.k 16    cluster; how well they cover the data
     python jobs/anchors.py --from BUNDLE.pkl --out ANCHORS.json                 convert
-    python jobs/anchors.py --from ANCHORS.json --data ANN.json                  how well they cover this data
+    python jobs/anchors.py --from ANCHORS.json --data ANN.json                  how well they cover other data
 
 Train with them by `--anchors.file ANCHORS.json`. Needs no cluster.
 """
@@ -13,6 +13,7 @@ from typing import Any
 
 from lcrnet import anchors, coco, config
 from lcrnet.pose import People, centre
+from lcrnet.skeleton import LCR13
 
 
 def main() -> None:
@@ -26,7 +27,7 @@ def main() -> None:
     poses = anchors.load(args.source) if args.source else None
     people = None
     if args.data:
-        data = coco.read(args.data, **({"skeleton": poses.skeleton} if poses else {}))
+        data = coco.read(args.data, poses.skeleton if poses else LCR13)
         people = People.join([People.empty(0, len(data.skeleton)), *(image.people for image in data.images)])
         if poses is None:
             section = settings.anchors

@@ -3,33 +3,24 @@
     python jobs/coco.py LABELS --out COCO
     python jobs/coco.py check ANN.json
 
-The first writes COCO/annotations/{train,val}.json and COCO/images. Folders are split as one; the images of a single
-folder one by one. People below coco.min_score become ignored regions; unreadable images are left out. COCO is replaced
-as a whole, and only if this job wrote all that is in it.
+The first writes COCO/annotations/{train,val}.json and COCO/images. A folder of images goes to one side as a whole; if
+there is only one, its images are split one by one. People below coco.min_score become ignored regions, unreadable
+images are left out. COCO is replaced in one step, and only if this job wrote all that is in it.
 The second prints every fault, one a line, and exits with 1 if training on the file would go wrong.
 """
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import io
 import json
-import os
-import shutil
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from pycocotools.coco import COCO
+import yaml
 
 import lcrnet
 from lcrnet import coco, labels
-from lcrnet.config import Config, UserError, parse, parser, run, save
+from lcrnet.config import Config, UserError, parse, parser, run
 from lcrnet.skeleton import SKELETONS
-
-SUMMARY = "summary.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,17 +29,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     cli.add_argument("file", metavar="ANN.json", nargs="?", help="after `check`: the file to check")
     cli.add_argument("--out", metavar="COCO", help="folder of the data set")
     args, config = parse(cli, argv)
-    if args.file is not None and args.labels != "check":
-        cli.error(f"unknown {args.file!r}: one folder of labels, or `check ANN.json`")
     if args.file is not None:
+        if args.labels != "check":
+            cli.error(f"unknown {args.file!r}: give one folder of labels, or `check ANN.json`")
         return check(args.file)
     if args.out is None:
         cli.error("--out COCO is missing: the folder to write")
-    out = Path(args.out).resolve()
     try:
-        convert(Path(args.labels), out, config)
+        convert(Path(args.labels), Path(args.out).resolve(), config)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}") from None
+        raise UserError(f"{error.filename or args.out}: {error.strerror or error}") from None
     return 0
 
 
@@ -59,67 +49,62 @@ def check(file: str) -> int:
         print(f"{'fatal' if fault.fatal else 'warning'}: {fault}")
     fatal = sum(fault.fatal for fault in faults)
     if fatal:
-        print(f"{file}: {fatal} fatal faults, {len(faults) - fatal} warnings")
+        print(f"{file}: {fatal} fatal, {len(faults) - fatal} warnings")
         return 1
     people = [image.people for image in coco.read(file).images]
+    ignored, with3d = (sum(int(getattr(p, name).sum()) for p in people) for name in ("crowd", "has3d"))
     print(
-        f"{file}: {len(people)} images, {sum(map(len, people))} people, "
-        f"{sum(int(p.has3d.sum()) for p in people)} of them with a 3D pose, "
-        f"{sum(int(p.crowd.sum()) for p in people)} ignored regions, {len(faults)} warnings"
+        f"{file}: no fatal fault, {len(faults)} warnings; {len(people)} images, {sum(map(len, people)) - ignored} "
+        f"people ({with3d} with a 3D pose), {ignored} ignored regions"
     )
     return 0
 
 
 def convert(folder: Path, out: Path, config: Config) -> None:
-    """The label table of `folder` as the COCO data set `out`."""
+    """Writes the label table of `folder` as the COCO folder `out` and prints what became of it."""
+    coco.refuse_others(out)
     table = labels.read(folder)
-    owned(out)
-    rows = table.to_pylist()
-    kept = [row["status"] == "ok" for row in rows]
-    rows, unreadable = [row for row, ok in zip(rows, kept, strict=True) if ok], kept.count(False)
+    rows = [row for row in table.to_pylist() if row["status"] == "ok"]
+    unreadable = len(table) - len(rows)
     if not rows:
-        raise UserError(f"{folder}: none of its {unreadable} images is readable")
-    sides = labels.sides(table.filter(kept), config.coco.val_share)
-    if len({row["skeleton"] for row in rows}) > 1 or rows[0]["skeleton"] not in SKELETONS:
-        raise UserError(f"{folder}: skeleton {', '.join({str(row['skeleton']) for row in rows})}: one of ours, please")
+        raise UserError(f"{folder}: none of its {unreadable} images could be read")
+    if unknown := {row["skeleton"] for row in rows} - set(SKELETONS):
+        raise UserError(f"{folder}: skeleton {unknown.pop()!r} is none of {', '.join(SKELETONS)}")
     skeleton = SKELETONS[rows[0]["skeleton"]]
-    names = file_names([row["uri"] for row in rows])
-    images = coco.from_labels(rows, names, config.coco, skeleton)
-    info = {
-        "description": f"people labelled by lcrnet {lcrnet.__version__}",
-        "labels": str(folder.resolve()),
-        "model": sorted({str(row["model"]) for row in rows}),
-        "min_score": config.coco.min_score,
-        "coordinates": "pixels of the upright image: EXIF orientation applied, as lcrnet and OpenCV read a file; "
-        "Pillow does with ImageOps.exif_transpose",
-    }
+    if other := {row["skeleton"] for row in rows} - {skeleton.name}:
+        raise UserError(f"{folder}: labels of skeleton {skeleton.name} and of {other.pop()}; convert them one by one")
 
-    half = out.with_name(f".{out.name}.{os.getpid()}")
-    try:
-        (half / "annotations").mkdir(parents=True)
-        fill(half / "images", names, config.coco.images == "copy")
-        counts: dict[str, Any] = {}
-        hashes = {}
-        for side in ("train", "val"):
-            part = [image for image, its in zip(images, sides, strict=True) if its == side]
-            file = half / "annotations" / f"{side}.json"
-            coco.write(file, part, skeleton, info)
-            verify(file, part)
-            hashes[side] = hashlib.sha256(file.read_bytes()).hexdigest()
-            ignored = sum(int(image.people.crowd.sum()) for image in part)
-            people = sum(len(image.people) for image in part)
-            counts[side] = {"images": len(part), "people": people - ignored, "ignored": ignored}
-        counts["unreadable"] = unreadable
-        counts["outside"] = sum(len(row["people"]) for row in rows) - sum(len(image.people) for image in images)
-        save(config, half / "config.yaml")
-        (half / SUMMARY).write_text(json.dumps({"job": "jobs/coco.py", "counts": counts, "sha256": hashes}, indent=1))
-        replace(half, out)
-    finally:
-        shutil.rmtree(half, ignore_errors=True)
-    for side in ("train", "val"):
-        c = counts[side]
-        print(f"{side}: {c['images']} images, {c['people']} people, {c['ignored']} ignored regions")
-    print(f"left out: {unreadable} unreadable images, {counts['outside']} people outside their image\nwrote {out}")
+    names = coco.file_names([row["uri"] for row in rows])
+    images = coco.from_labels(rows, names, config.coco, skeleton)
+    sides = labels.sides(rows, config.coco.val_share)
+    parts = {
+        side: [image for image, its in zip(images, sides, strict=True) if its == side] for side in ("train", "val")
+    }
+    counts: dict[str, int] = {}
+    for side, part in parts.items():
+        ignored = sum(int(image.people.crowd.sum()) for image in part)
+        people = sum(len(image.people) for image in part) - ignored
+        counts |= {f"{side}_images": len(part), f"{side}_people": people, f"{side}_ignored": ignored}
+    counts["unreadable"] = unreadable
+    counts["outside"] = sum(len(row["people"] or []) for row in rows) - sum(len(image.people) for image in images)
+    info = {
+        "description": "people labelled by lcrnet",
+        "version": lcrnet.__version__,
+        "labels": str(folder.resolve()),
+        "model": ", ".join(sorted({row["model"] or "unknown" for row in rows})),
+        "coordinates": "pixels of the upright image (EXIF orientation applied); read the files so",
+    }
+    texts = {
+        "config.yaml": yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False),
+        "counts.json": json.dumps(counts, indent=1) + "\n",
+    }
+    sources = {name: uri for uri, name in names.items()}
+    coco.write_folder(out, parts, sources, skeleton, info, texts, copy=config.coco.images == "copy")
+    for side in parts:
+        number, people, ignored = (counts[f"{side}_{what}"] for what in ("images", "people", "ignored"))
+        print(f"{side}: {number} images, {people} people, {ignored} ignored regions")
+    print(f"left out: {unreadable} unreadable images, {counts['outside']} people outside their image")
+    print(f"wrote {out}")
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import argparse
 import json
 import shutil
 import tempfile
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.train
-from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig
+from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
 from jobs import session
@@ -47,8 +48,13 @@ def main() -> int:
     return 0 if metrics is not None else 1
 
 
-def run(settings: Config, data: Source, out: Path, val: Source | None = None) -> dict[str, Any] | None:
-    """Trains into the folder `out` and returns the final metrics. UserError for what the user can mend."""
+def run(
+    settings: Config, data: Source, out: Path, val: Source | None = None, callbacks: Sequence[UserCallback] = ()
+) -> dict[str, Any] | None:
+    """Trains into the folder `out` and returns the final metrics, None if it failed (and says why).
+
+    UserError for what the user can mend.
+    """
     out = session.writable(out).resolve()
     data, val = _absolute(data), _absolute(val) if val else None
     settings = _unchanged(settings, out / "config.yaml")
@@ -69,6 +75,7 @@ def run(settings: Config, data: Source, out: Path, val: Source | None = None) ->
             storage_path=str(out),
             failure_config=FailureConfig(max_failures=settings.train.max_failures, controller_failure_limit=3),
             checkpoint_config=CheckpointConfig(num_to_keep=settings.train.keep),
+            callbacks=list(callbacks),
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
     )

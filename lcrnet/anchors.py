@@ -181,6 +181,8 @@ def load(file: str | os.PathLike[str]) -> AnchorPoses:
         raise UserError(f"{file}: {error.strerror or error}") from None
     if data.lstrip()[:1] == b"{":
         return _from_json(data, str(file))
+    if data[:1] not in (b"\x80", b"("):
+        raise UserError(f"{file}: neither anchor poses as JSON nor a released .pkl file")
     return _from_bundle(unpickle.load(data, str(file)), str(file))
 
 

@@ -9,17 +9,21 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import torch
 
 from lcrnet import image, labels, weights
-from lcrnet.config import Config, from_dict
+from lcrnet.config import Config, UserError, from_dict
 from lcrnet.image import Unreadable
 from lcrnet.pose import Person
 
@@ -104,7 +108,7 @@ class Annotator:
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> pa.Table:
         """One row per image, in the order given, whatever becomes of it.
 
-        batch   columns `uri` (str), `bytes` (the encoded image, b"" where it could not be read) and `error` (why, or "")
+        batch   columns `uri` (str), `bytes` (the encoded image; b"" if it could not be read), `error` (then why, or "")
         """
         pictures = [
             _Picture(str(uri), bytes(data), str(error or "") or None)
@@ -186,3 +190,66 @@ class Annotator:
             config=self.config_id,
             skeleton=self.model.skeleton.name,
         )
+
+
+class Labeller:
+    """A worker of an annotation job: reads and labels blocks of files, each committed as one file of a label table.
+
+    annotator   makes the Annotator (or a like callable) from `arguments`, its keywords
+    out         folder of the label table
+    threads     CPU threads of the model; 0 leaves them as they are
+    UserError: a folder that the job has is not on this machine.
+    """
+
+    def __init__(
+        self, out: str | os.PathLike[str], arguments: dict[str, Any], threads: int = 0,
+        annotator: Callable[..., Callable[[Mapping[str, Sequence[Any]]], pa.Table]] = Annotator,
+    ):  # fmt: skip
+        self.out = Path(out)
+        for folder in (self.out, Path(arguments["root"])):
+            if not folder.is_dir():  # else each of its images would be recorded as unreadable
+                raise UserError(f"{folder}: not on {platform.node()}; every machine must mount it at the same place")
+        if threads:
+            torch.set_num_threads(threads)
+        self.annotate = annotator(**arguments)
+        self.max_pixels, self.stride = arguments["max_pixels"], 4 * arguments["batch"]
+
+    def __call__(self, block: pa.Table) -> pa.Table:
+        """A block with columns `uri` and `error` (see image.find) -> one row: images, people, unreadable (counts).
+
+        The file's name comes from the uris: a block that is done twice, after a lost worker, is still one file. It
+        appears under that name when it is whole.
+        """
+        rows = block.to_pylist()
+        parts = [rows[i : i + self.stride] for i in range(0, len(rows), self.stride)]
+        tables = []
+        with ThreadPoolExecutor(1) as pool:  # reads one part ahead: a whole block of photographs may not fit in memory
+            ahead = pool.submit(self._read, parts[0])
+            for following in [*parts[1:], None]:
+                batch = ahead.result()
+                if following is not None:
+                    ahead = pool.submit(self._read, following)
+                tables.append(self.annotate(batch))
+        table = pa.concat_tables(tables)
+        key = hashlib.sha256("\n".join(row["uri"] for row in rows).encode()).hexdigest()[:16]
+        unfinished = self.out / f".{key}.{os.getpid()}.part"
+        pq.write_table(table, unfinished, compression="zstd")
+        os.replace(unfinished, self.out / f"{key}.parquet")
+        return pa.table({
+            "images": [len(table)],
+            "people": [pc.sum(pc.list_value_length(table["people"])).as_py() or 0],
+            "unreadable": [pc.sum(pc.equal(table["status"], "unreadable")).as_py() or 0],
+        })  # fmt: skip
+
+    def _read(self, rows: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
+        batch: dict[str, list[Any]] = {"uri": [row["uri"] for row in rows], "bytes": [], "error": []}
+        for row in rows:
+            data, error = b"", row["error"]
+            if not error:
+                try:
+                    data = image.read_bytes(row["uri"], self.max_pixels)
+                except Unreadable as reason:
+                    error = str(reason)
+            batch["bytes"].append(data)
+            batch["error"].append(error)
+        return batch

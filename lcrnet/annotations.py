@@ -30,6 +30,7 @@ FAR = 10.0
 OFF = 0.002
 """Metres between the origin of a 3D pose and its torso's centre that are no rounding: the pose is moved."""
 
+_LARGEST = float(np.finfo(np.float32).max)
 _OF_IMAGE = ("id", "file_name", "width", "height", "group")
 _OF_PERSON = (
     "id", "image_id", "category_id", "bbox", "area", "iscrowd", "keypoints", "num_keypoints", "pose", "pose3d", "trust",
@@ -455,7 +456,7 @@ def _array(value: Any, shape: tuple[int, ...]) -> np.ndarray | None:
         return None
     if out.shape != shape or out.dtype.kind not in "iuf":
         return None
-    return out.astype(np.float64) if (np.abs(out) < np.finfo(np.float32).max).all() else None
+    return out.astype(np.float64) if (np.abs(out) < _LARGEST).all() else None
 
 
 def _reason(value: Any, shape: tuple[int, ...]) -> str:
@@ -471,6 +472,6 @@ def _reason(value: Any, shape: tuple[int, ...]) -> str:
     for position, number in enumerate(numbers):
         if isinstance(number, bool) or not isinstance(number, int | float):
             return f"{number!r} at position {position} is no number" if shape else f"{number!r} is no number"
-        if not abs(number) < np.finfo(np.float32).max:
+        if not abs(number) < _LARGEST:
             return f"{number} at position {position} is not finite" if shape else f"{number} is not finite"
     return f"must be {expected}"

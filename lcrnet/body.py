@@ -35,8 +35,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 ACTIVITIES = {
-    "stand": 0.27, "walk": 0.17, "run": 0.07, "sit": 0.14, "arms_up": 0.12, "bend": 0.07, "crouch": 0.04,
-    "kneel": 0.03, "reach": 0.075, "lie": 0.015,
+    "stand": 0.28, "walk": 0.20, "run": 0.06, "sit": 0.15, "arms_up": 0.12, "bend": 0.07, "crouch": 0.03,
+    "kneel": 0.02, "reach": 0.06, "lie": 0.01,
 }  # fmt: skip
 """Share of each activity."""
 

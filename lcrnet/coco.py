@@ -10,10 +10,14 @@ annotations.py says what a person may carry in a file and what becomes of it.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import io
 import json
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
@@ -25,8 +29,8 @@ from lcrnet.pose import People, centre, clip
 from lcrnet.skeleton import LCR13, Skeleton
 
 __all__ = [
-    "CocoImage", "CocoSet", "Fault", "bad_name", "check", "dump", "from_labels", "from_pose65", "read", "to_pose65",
-    "write",
+    "CocoImage", "CocoSet", "Fault", "bad_name", "check", "dump", "file_names", "from_labels", "from_pose65", "read",
+    "refuse_others", "to_pose65", "write", "write_folder",
 ]  # fmt: skip
 
 
@@ -87,10 +91,10 @@ def dump(
     people = People.join([image.people for image in images] or [People.empty(0, len(skeleton))])
     owner = np.repeat(np.arange(len(images)), [len(image.people) for image in images])
     for name in ("box", "pose2d", "pose3d", "trust", "area"):
-        flat = getattr(people, name).reshape(len(people), -1)
-        if not np.isfinite(flat).all():
-            bad = images[int(owner[~np.isfinite(flat).all(1)][0])]
-            raise ValueError(f"{bad.file_name}: a person's {name} is not finite")
+        values = getattr(people, name)
+        finite = np.isfinite(values).all(axis=tuple(range(1, values.ndim)))
+        if not finite.all():
+            raise ValueError(f"{images[owner[~finite][0]].file_name}: a person's {name} is not finite")
 
     size = np.array([(image.width, image.height) for image in images], np.float64).reshape(-1, 2)[owner]
     box = np.clip(people.box, 0, np.tile(size, 2))
@@ -172,7 +176,9 @@ def from_labels(
                 outside = ((person.pose2d < 0) | (person.pose2d > (width, height))).any(-1)
                 people.seen[p] = np.where(outside | (person.joint_score < settings.min_joint_score), 1, 2)
                 people.has3d[p] = True
-            place = {} if person.place is None else {"root_camera": np.round(person.place, 4).tolist()}
+            place = (
+                {} if person.place is None else {"root_camera": np.round(person.place.astype(np.float64), 4).tolist()}
+            )
             extras.append({"score": round(person.score, 6)} | place)
         people.area[:] = (people.box[:, 2:] - people.box[:, :2]).prod(1)
         ids = list(range(last + 1, last + 1 + len(inside)))
@@ -208,6 +214,111 @@ def write(
         os.replace(half, file)
     finally:
         half.unlink(missing_ok=True)
+
+
+# A folder: annotations/*.json, images/ and the texts that say how it came about.
+
+MANIFEST = "manifest.json"
+
+
+def file_names(uris: Sequence[str]) -> dict[str, str]:
+    """A file_name below COCO/images for each uri (an absolute path): its path below the folder they all are in.
+
+    Two that would be one, or one that no COCO file may have, get a hash of the uri in place of their folder.
+    UserError: a uri is no absolute path.
+    """
+    for uri in uris:
+        if not os.path.isabs(uri):
+            raise UserError(f"{uri}: no absolute path on this machine; bring the images here and label them from there")
+    paths = {uri: os.path.normpath(uri) for uri in uris}
+    root = os.path.commonpath([os.path.dirname(path) for path in paths.values()]) if paths else ""
+    names: dict[str, str] = {}
+    taken: set[str] = set()
+    for uri, path in paths.items():
+        name = os.path.relpath(path, root)
+        if name in taken or bad_name(name):
+            name = hashlib.sha256(uri.encode()).hexdigest()[:16] + PurePosixPath(path).suffix
+        taken.add(name)
+        names[uri] = name
+    return names
+
+
+def refuse_others(out: Path) -> None:
+    """UserError if `out` is or holds something that `write_folder` did not write, or that was changed since."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return
+    try:
+        mine: dict[str, str] = json.loads((out / MANIFEST).read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, LookupError, TypeError):
+        raise UserError(f"{out}: exists, and was not written by jobs/coco.py; choose another --out") from None
+    for name, sha256 in mine.items():
+        if (out / name).is_file() and hashlib.sha256((out / name).read_bytes()).hexdigest() != sha256:
+            raise UserError(f"{out / name}: was changed since jobs/coco.py wrote it; choose another --out")
+    for file in (out / "annotations").glob("*.json"):
+        if f"annotations/{file.name}" in mine:
+            mine |= {f"images/{image['file_name']}": "" for image in json.loads(file.read_text("utf-8"))["images"]}
+    for folder, _, files in os.walk(out):
+        for name in files:
+            if (found := os.path.relpath(os.path.join(folder, name), out)) not in {*mine, MANIFEST}:
+                raise UserError(f"{out}: holds {found}, which jobs/coco.py did not write; choose another --out")
+
+
+def write_folder(
+    out: Path,
+    parts: Mapping[str, Sequence[CocoImage]],
+    sources: Mapping[str, str],
+    skeleton: Skeleton,
+    info: Mapping[str, Any],
+    texts: Mapping[str, str],
+    copy: bool,
+) -> None:
+    """A COCO folder, whole or not at all; one that it wrote before is replaced.
+
+    parts    images by the name of their file, out/annotations/NAME.json; each file is read back and checked
+    sources  path of the image by file_name: out/images holds links to them, or copies
+    texts    further files by name; manifest.json gets what `refuse_others` asks for
+    UserError: `out` is not ours, images are missing
+    """
+    refuse_others(out)
+    if missing := [path for path in sources.values() if not os.path.isfile(path)]:
+        more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+        raise UserError(f"{len(missing)} labelled images are not on this machine: {', '.join(missing[:5])}{more}")
+    half, old = (out.with_name(f".{out.name}.{os.getpid()}.{kind}") for kind in ("new", "old"))
+    try:
+        (half / "images").mkdir(parents=True)
+        for name, path in sources.items():
+            (half / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+            if copy:
+                shutil.copyfile(path, half / "images" / name)
+            else:
+                os.symlink(os.path.abspath(path), half / "images" / name)
+        for name, images in parts.items():
+            write(half / "annotations" / f"{name}.json", images, skeleton, info)
+            _verify(half / "annotations" / f"{name}.json", images, skeleton)
+        for name, text in texts.items():
+            (half / name).write_text(text, encoding="utf-8")
+        files = [*(f"annotations/{name}.json" for name in parts), *texts]
+        hashes = {name: hashlib.sha256((half / name).read_bytes()).hexdigest() for name in files}
+        (half / MANIFEST).write_text(json.dumps({"sha256": hashes}, indent=1), encoding="utf-8")
+        if out.exists():
+            os.rename(out, old)
+        os.rename(half, out)
+    finally:
+        if old.exists() and not out.exists():
+            os.rename(old, out)
+        shutil.rmtree(half, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _verify(file: Path, images: Sequence[CocoImage], skeleton: Skeleton) -> None:
+    """RuntimeError if what was written is not what our reader and pycocotools read: a mistake of ours."""
+    from pycocotools.coco import COCO  # brings matplotlib, which those who only read need not wait for
+
+    faults = check(file, skeleton)
+    with contextlib.redirect_stdout(io.StringIO()):
+        found = COCO(str(file))
+    if faults or (len(found.imgs), len(found.anns)) != (len(images), sum(len(image.people) for image in images)):
+        raise RuntimeError(f"{file}: written wrong: {'; '.join(map(str, faults[:3]))}")
 
 
 def _corners(x: float, y: float, w: float, h: float) -> list[float]:

@@ -78,6 +78,9 @@ class Head(Section):
     jitter: int = Field(0, ge=0, description="moved copies of each true box among the regions")
     beta2d: Positive = Field(0.1, description="where smooth L1 turns linear, units of the box")
     beta3d: Positive = Field(0.1, description="the same, metres")
+    soft: NonNegative = Field(
+        0, description="metres: anchor poses farther than the nearest learn to reach the pose too, exp(-distance / soft)"
+    )
     class_weight: NonNegative = Field(1, description="weight of the class loss")
     weight2d: NonNegative = Field(1, description="weight of the 2D loss")
     weight3d: NonNegative = Field(1, description="weight of the 3D loss")

@@ -127,6 +127,10 @@ class Outcome:
         count = len(self.pairs) + len(self.missed) + len(self.false)
         return float(self.oks.sum() / count) if count else 1.0
 
+    def __str__(self) -> str:
+        counts = f"{len(self.pairs)} found, {len(self.missed)} missed, {len(self.false)} false"
+        return f"quality {self.quality:.2f}: {counts}"
+
 
 def compare(true: People, found: Sequence[Person], skeleton: Skeleton, settings: config.Evaluate) -> Outcome:
     """True and found people of one image; those found below `settings.min_score` take no part."""
@@ -350,6 +354,6 @@ def _coco(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> CO
 
 
 def _text(value: Any) -> str:
-    if value is None:
-        return "-"
+    if value is None or isinstance(value, str):
+        return value or "-"
     return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1000 else f"{value:.0f}"

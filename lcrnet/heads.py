@@ -128,10 +128,12 @@ class PosePredictor(nn.Module):
         cross = F.cross_entropy(logits, regions.label, reduction="none")
         losses = {"class": config.class_weight * (cross * regions.trust).sum() / max(len(cross), 1)}
         person = (regions.label > 0).nonzero()[:, 0]
-        anchor = regions.label[person] - 1
-        found = refined[person, anchor]
-        goal2d = into_box(regions.pose2d[person], regions.roi[person, 1:]) - self.anchor2d[anchor]
-        goal3d = regions.pose3d[person] - self.anchor3d[anchor]
+        share = self._shares(regions, person, config.soft)
+        # (n, J, D) goals against (n, K, J, D) poses of the anchor poses that have a share in the person.
+        who, anchor = share.nonzero(as_tuple=True)
+        found, share = refined[person[who], anchor], share[who, anchor, None]
+        goal2d = into_box(regions.pose2d[person], regions.roi[person, 1:])[who] - self.anchor2d[anchor]
+        goal3d = regions.pose3d[person][who] - self.anchor3d[anchor]
         trust = regions.trust[person, None]
         for name, part, goal, seen, beta, weight in (
             ("pose2d", found[..., :2], goal2d, regions.seen2d, config.beta2d, config.weight2d),
@@ -139,8 +141,25 @@ class PosePredictor(nn.Module):
         ):
             each = F.smooth_l1_loss(part, goal, beta=beta, reduction="none").mean(-1)
             use = seen[person]
-            losses[name] = weight * (each * use * trust).sum() / use.sum().clamp(min=1)
+            losses[name] = weight * (each * share * (use * trust)[who]).sum() / use.sum().clamp(min=1)
         return losses
+
+    @torch.no_grad()
+    def _shares(self, regions: Regions, person: Tensor, soft: float) -> Tensor:
+        """(n, K) weights, each row of sum 1, of the anchor poses that regress the persons' poses.
+
+        The true class alone, or with `soft` all near it in 3D: exp(-(distance - least distance) / soft), under a
+        hundredth dropped. Then a pose on the border of two classes is the same whichever of them is chosen.
+        """
+        alone = F.one_hot(regions.label[person] - 1, len(self.anchor2d)).float()
+        if not soft:
+            return alone
+        apart = _mean_distance(regions.pose3d[person], self.anchor3d, regions.seen3d[person])
+        share = torch.exp((apart.min(1, keepdim=True).values - apart) / soft)
+        share = torch.where(share < 0.01, 0, share)
+        share = share / share.sum(1, keepdim=True)
+        has3d = regions.seen3d[person].sum(1, keepdim=True) > 0
+        return torch.where(has3d, share, alone)
 
     def decode(self, logits: Tensor, refined: Tensor, roi: Tensor, images: int, floor: float) -> list[PoseProposals]:
         """The pose proposals of each image: (region, anchor pose) pairs with a probability above `floor`."""

@@ -8,10 +8,12 @@ Whatever is no whole picture (text, a cut file, a bomb, a folder) is `Unreadable
 
 from __future__ import annotations
 
+import glob
 import io
 import os
 import stat
 import warnings
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import PurePath
@@ -20,6 +22,8 @@ import cv2
 import numpy as np
 import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
+
+from lcrnet.config import UserError
 
 MAX_PIXELS = 100_000_000
 """Pictures of more pixels are refused, by their header, before any pixel is decoded."""
@@ -41,6 +45,48 @@ class Unreadable(ValueError):
 def is_image_name(name: str | os.PathLike[str]) -> bool:
     """Whether a file of this name is taken for a picture: by its suffix, in upper or lower case."""
     return PurePath(name).suffix.lower() in IMAGE_SUFFIXES
+
+
+def find(paths: Sequence[str]) -> tuple[dict[str, str], Counter[str]]:
+    """The image files (by name) of folders with all below them, of files, and of glob patterns.
+
+    -> {absolute path: "" or why it cannot be read}, in order; how many other files of each suffix there are.
+    Links are followed; a folder is entered once. UserError if a path does not exist, or there is no image at all.
+    """
+    found: dict[str, str] = {}
+    others: Counter[str] = Counter()
+    for given in paths:
+        if "://" in given:
+            raise UserError(f"{given}: only folders that every machine mounts are read")
+        matches = [given] if os.path.lexists(given) else glob.glob(given, recursive=True)
+        if not matches:
+            raise UserError(f"{given}: no such file or folder")
+        for file in (f for match in matches for f in _walk(os.path.abspath(match))):
+            if is_image_name(file):
+                # A label table holds text; a name that is none must not stop the rest.
+                text = os.fsencode(file).decode("utf-8", "backslashreplace")
+                found[text] = "" if text == file else "file name is not UTF-8"
+            else:
+                others[PurePath(file).suffix.lower() or "no suffix"] += 1
+    if not found:
+        but = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
+        raise UserError(f"{', '.join(paths)}: no image there{f' (but {but})' if but else ''}")
+    return dict(sorted(found.items())), others
+
+
+def _walk(path: str) -> Iterator[str]:
+    """A file itself, or the files of a folder and all below it."""
+    rest, entered = [path], set()
+    while rest:
+        path = rest.pop()
+        if not os.path.isdir(path):  # also a link to nowhere or to itself
+            yield path
+        elif (real := os.path.realpath(path)) not in entered:
+            entered.add(real)
+            try:
+                rest += sorted((os.path.join(path, name) for name in os.listdir(path)), reverse=True)
+            except OSError as error:
+                raise UserError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def read(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> np.ndarray:

@@ -172,14 +172,13 @@ def split(group: str, val_share: float) -> Side:
     return "val" if _place(group) < val_share else "train"
 
 
-def sides(table: pa.Table, val_share: float) -> list[Side]:
+def sides(rows: Sequence[Mapping[str, Any]], val_share: float) -> list[Side]:
     """The side of each row.
 
     A group goes to one side; an image without a group, or of the only group there is, is split by its sha256. Files
     with the same bytes go together, with the first of their groups by name. Were one side empty although there are two
     groups and 0 < val_share < 1, the group whose hash is nearest to the border changes over.
     """
-    rows = table.select(["uri", "sha256", "group"]).to_pylist()
     single = len({r["group"] or "" for r in rows}) < 2
     keys = [r["sha256"] or r["uri"] if single or not r["group"] else r["group"] for r in rows]
     first: dict[str, str] = {}

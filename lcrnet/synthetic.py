@@ -25,10 +25,10 @@ from lcrnet.camera import Camera
 from lcrnet.pose import People
 from lcrnet.skeleton import LCR13
 
-COUNTS = (0.04, 0.40, 0.32, 0.16, 0.08)
+COUNTS = (0.04, 0.44, 0.34, 0.13, 0.05)
 """Share of images with 0, 1, ... people (before those who found no room)."""
 
-MIN_VISIBLE = 0.27
+MIN_VISIBLE = 0.45
 """A person of whom less than this part of the silhouette can be seen is left out of the drawing."""
 
 NEAREST = 0.35
@@ -168,15 +168,15 @@ def _crowd(stage: _Stage, heading: float) -> list[_Figure]:
         low = float((human.spheres[:, 1] + human.radii).max())
         high = float((human.spheres[:, 1] - human.radii).min())
         # How tall somebody would stand there, in parts of the image's height.
-        tall = rng.uniform(0.42, 0.9) if count > 1 or rng.uniform() < 0.65 else rng.uniform(0.9, 1.3)
+        tall = rng.uniform(0.5, 0.95) if count > 1 or rng.uniform() < 0.65 else rng.uniform(0.9, 1.3)
         if figures:
-            tall = float(np.clip(f * 1.7 / figures[0].depth / size * rng.uniform(0.65, 1.5), 0.4, 1.3))
+            tall = float(np.clip(f * 1.7 / figures[0].depth / size * rng.uniform(0.7, 1.4), 0.45, 1.3))
         depth = f * human.stature / (tall * size)
         half = f * (low - high) / depth / 2
         u, v = size * (rng.uniform(0.12, 0.88) if count > 1 else rng.normal(0.5, 0.17)), size * rng.normal(0.5, 0.08)
         if half > 0.42 * size:  # cut off, mostly below
             v = size * rng.uniform(0.03, 0.2) + half
-        if figures and rng.uniform() < 0.6:  # beside somebody, so that they overlap
+        if figures and rng.uniform() < 0.5:  # beside somebody, so that they overlap
             beside = figures[int(rng.integers(len(figures)))]
             u = stage.camera.project(beside.body.joints)[:, 0].mean() + size * rng.normal(0, 0.15)
         ray = stage.tilt.T @ np.array([(u - c) / f, (v - c) / f, 1])
@@ -426,8 +426,8 @@ def _develop(stage: _Stage, numbers: np.ndarray) -> np.ndarray:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.8) * size / 128)
     gain, cast, grain = rng.uniform(0.8, 1.2), rng.uniform(-16, 16) + rng.normal(0, 4, 3), rng.uniform(1, 8)
     image = cv2.transform(image, np.column_stack([np.eye(3) * gain, 128 * (1 - gain) + cast]))
-    image += cv2.merge([rng.standard_normal((size, size), np.float32) * np.float32(grain)] * 3)
-    return np.clip(image, 0, 255, out=image).astype(np.uint8)
+    image = cv2.add(image, cv2.merge([rng.standard_normal((size, size), np.float32) * np.float32(grain)] * 3))
+    return np.clip(image, 0, 255).astype(np.uint8)
 
 
 # A data set

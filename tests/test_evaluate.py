@@ -218,6 +218,16 @@ def test_matched_person_in_a_crowd_is_found() -> None:
     assert (metrics["found"], metrics["ignored"]) == (1, 0)
 
 
+def test_a_crowd_person_with_a_pose_is_a_region_too() -> None:
+    """What lies on that pose is not found, and AP ignores all of the region's box, not only what fits the pose."""
+    true = people(2)
+    true.crowd[1] = True
+    found = [person(true, 0, 0.6), person(true, 1, 0.9), person(true, 1, 0.95, (20, 60))]
+    metrics = run([true], [found])
+    assert (metrics["people"], metrics["found"], metrics["ignored"], metrics["false"]) == (1, 1, 2, 0)
+    assert metrics["oks_ap"] == pytest.approx(1)
+
+
 def test_people_without_labels_are_regions() -> None:
     true = people(2)
     true.seen[1] = 0

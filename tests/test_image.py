@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lcrnet.image import Unreadable, decode, is_image_name, read, read_bytes, resize, size
+from lcrnet.config import UserError
+from lcrnet.image import Unreadable, decode, find, is_image_name, read, read_bytes, resize, size
 
 
 def picture(height: int = 24, width: int = 40) -> np.ndarray:
@@ -225,3 +226,36 @@ def test_points_move_by_scale_exactly(height: int, width: int, short: int) -> No
     weight = out[..., 0] / out[..., 0].sum()
     y, x = np.mgrid[: out.shape[0], : out.shape[1]] + 0.5
     np.testing.assert_allclose([(weight * x).sum(), (weight * y).sum()], point * scale, atol=0.02)
+
+
+def test_find(tmp_path: Path) -> None:
+    for name in ("b/1.jpg", "a/1.JPEG", "a/notes.txt", "a/deep/2.png", "folder.jpg/3.gif", "top.webp", "README"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "a" / "loop").symlink_to(tmp_path)
+    (tmp_path / "self.jpg").symlink_to("self.jpg")
+    (tmp_path / "void.jpg").symlink_to("nowhere")
+    expected = ["a/1.JPEG", "a/deep/2.png", "b/1.jpg", "folder.jpg/3.gif", "self.jpg", "top.webp", "void.jpg"]
+    found, others = find([str(tmp_path)])
+    assert found == {str(tmp_path / name): "" for name in expected}
+    assert others == {".txt": 1, "no suffix": 1}
+    assert list(find([str(tmp_path / "top.webp")])[0]) == [str(tmp_path / "top.webp")]
+    assert len(find([str(tmp_path / "*" / "1.*")])[0]) == 2
+    with pytest.raises(UserError, match="no such file or folder"):
+        find([str(tmp_path / "missing")])
+    with pytest.raises(UserError, match=r"no image there \(but 1 .txt\)"):
+        find([str(tmp_path / "a" / "notes.txt")])
+    with pytest.raises(UserError, match="mounts"):
+        find(["s3://bucket/images"])
+
+
+def test_find_relative_and_names_that_are_no_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        with open(os.fsencode(tmp_path) + b"/caf\xe9.jpg", "wb"):
+            pass
+    except OSError:
+        pytest.skip("this file system has only UTF-8 names")
+    Path("ok.jpg").touch()
+    found, _ = find(["."])
+    assert found == {f"{tmp_path}/caf\\xe9.jpg": "file name is not UTF-8", f"{tmp_path}/ok.jpg": ""}

@@ -1,0 +1,78 @@
+"""The house rules that a machine can check: who imports whom, and that Ray stays in jobs/."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+# Arrow by arrow: the modules of lcrnet that a module may import. `config` and `skeleton` are everybody's.
+# Beyond DESIGN.md's table: `model` has `detect`, so it knows images and PPI; `annotations` (a COCO file in
+# memory) outgrew `coco`, `unpickle` outgrew `weights`, `body` (joint angles and measures) outgrew `synthetic`.
+MAY_IMPORT = {
+    "skeleton": "",
+    "config": "",
+    "unpickle": "",
+    "pose": "",
+    "image": "",
+    "camera": "pose",
+    "anchors": "pose unpickle",
+    "draw": "pose camera",
+    "ops": "",
+    "backbone": "ops",
+    "rpn": "ops pose",
+    "heads": "ops anchors pose rpn",
+    "ppi": "ops pose",
+    "model": "backbone rpn heads ops ppi image pose anchors",
+    "weights": "model anchors unpickle",
+    "annotations": "pose",
+    "labels": "pose",
+    "coco": "annotations labels pose",
+    "dataset": "coco annotations image pose",
+    "body": "",
+    "synthetic": "body camera coco annotations pose",
+    "optim": "",
+    "evaluate": "pose image annotations coco ppi",
+    "train": "dataset model optim evaluate weights anchors",
+    "annotate": "image labels model ppi weights pose",
+}
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def imports(file: Path) -> set[str]:
+    """Dotted names that a file imports, wherever in it."""
+    found: set[str] = set()
+    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "lcrnet").glob("*.py")), ids=lambda f: f.stem)
+def test_arrows(file: Path) -> None:
+    names = imports(file)
+    if file.stem == "__init__":
+        assert not names
+        return
+    assert file.stem in MAY_IMPORT, f"{file.name} has no place in the house: give it one in MAY_IMPORT"
+    allowed = {"config", "skeleton", *MAY_IMPORT[file.stem].split()} - {file.stem}
+    ours = {n.split(".")[1] for n in names if n.startswith("lcrnet.")} & {f.stem for f in file.parent.glob("*.py")}
+    assert ours <= allowed, f"{file.name} must not import {sorted(ours - allowed)}"
+    assert not {n for n in names if n.split(".")[0] in ("ray", "jobs")}, f"{file.name}: Ray belongs to jobs/"
+
+
+def test_ext_imports_nothing_of_ours() -> None:
+    for file in (ROOT / "ext").rglob("*.py"):
+        assert not {n for n in imports(file) if n.split(".")[0] in ("ray", "jobs", "lcrnet")}, file
+
+
+def test_modules_of_the_table_exist() -> None:
+    assert {f.stem for f in (ROOT / "lcrnet").glob("*.py")} - {"__init__"} == set(MAY_IMPORT)
+
+
+def test_jobs_do_no_tensor_arithmetic() -> None:
+    for file in (ROOT / "jobs").glob("*.py"):
+        assert not {n for n in imports(file) if n.split(".")[0] in ("torch", "numpy")}, file
