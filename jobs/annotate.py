@@ -107,18 +107,18 @@ def _run(
     own = asked.annotate
     # Small jobs get smaller blocks, so that each worker has work and there is progress to see.
     size = min(own.block, max(own.batch, -(-len(todo) // (4 * own.workers))))
-    rows = pa.table({"uri": list(todo), "error": list(todo.values())})
-    blocks = [rows.slice(i, size) for i in range(0, len(rows), size)]
-    workers = min(own.workers, len(blocks))
-    connect(workers, own.gpu, field="annotate")
+    blocks = -(-len(todo) // size)
+    connect(own.workers, own.gpu, field="annotate")
+    workers = min(own.workers, blocks)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would tell that there are no bars
     arguments = {"model": model, "device": "cuda" if own.gpu else "cpu", "max_pixels": own.max_pixels,
                  "batch": own.batch, "asked": asked, "root": root}  # fmt: skip
     threads = max(1, int(ray.available_resources().get("CPU", 1) // workers))  # Ray itself would allow one
-    # A block is a task is a file: from_arrow keeps tables as blocks, batch_size=None hands each over whole.
-    commits = ray.data.from_arrow(blocks).map_batches(
+    # A block is a task is a file: batch_size=None hands each over whole.
+    rows = [{"uri": uri, "error": error} for uri, error in todo.items()]
+    commits = ray.data.from_items(rows, override_num_blocks=blocks).map_batches(
         Labeller, fn_constructor_args=(out, arguments, threads, annotator), batch_size=None, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=1, num_gpus=1 if own.gpu else 0,
     )  # fmt: skip

@@ -97,7 +97,7 @@ class Ppi(Section):
         "bbox", "bbox_torsohead", "torso", "torsoLR", "torsohead", "torsoheadLR", "head", "shoulderhead",
         "shoulderheadLR", "mje",
     ] = Field("bbox_torsohead", description="what overlap is measured on")  # fmt: skip
-    min_mode_score: NonNegative = Field(0.1, description="a mode weaker than this is no person")
+    min_mode_score: NonNegative = Field(0.1, description="a further mode needs a centre of at least this score")
     th_persondetect: NonNegative = Field(0.5, description="summed score from which on a group is a person")
 
 

@@ -168,9 +168,10 @@ def box_of(pose2d: np.ndarray, labelled: np.ndarray | None = None, margin: float
     known = np.ones(pose2d.shape[:-1], bool) if labelled is None else np.asarray(labelled) > 0
     low = np.where(known[..., None], pose2d, np.inf).min(-2)
     high = np.where(known[..., None], pose2d, -np.inf).max(-2)
+    some = np.asarray(known.any(-1))[..., None]
+    low, high = np.where(some, low, 0), np.where(some, high, 0)
     grow = margin * (high - low).max(-1, keepdims=True)
-    box = np.concatenate([low - grow, high + grow], -1)
-    return np.where(known.any(-1)[..., None], box, 0).astype(pose2d.dtype)
+    return np.concatenate([low - grow, high + grow], -1).astype(pose2d.dtype)
 
 
 def clip(box: np.ndarray, height: float, width: float) -> np.ndarray:

@@ -131,6 +131,7 @@ def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
 
 def _first(key: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
     """Mask (B, A) of the `count` (an int, or (B,)) smallest keys of each row among those of a mask."""
-    rank = torch.where(among, key, torch.inf).argsort(1).argsort(1)
-    limit = count[:, None] if isinstance(count, Tensor) else count
-    return among & (rank < limit)
+    most = min(int(count.max()) if isinstance(count, Tensor) else count, key.shape[1])
+    index = torch.where(among, key, torch.inf).topk(most, dim=1, largest=False).indices
+    within = torch.arange(most, device=key.device) < (count[:, None] if isinstance(count, Tensor) else count)
+    return torch.zeros_like(among).scatter_(1, index, within) & among
