@@ -58,7 +58,9 @@ def connect(workers: int, gpu: bool = False, *, field: str = "train", cpus: int 
 
 def scaling(train: Train) -> ScalingConfig:
     """The workers of a training: `threads` CPUs each, or an equal share of all that the cluster has."""
-    cpus = train.threads or max(1, int(ray.cluster_resources().get("CPU", 1)) // train.workers)
+    nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
+    shares = (c for c in range(max(nodes), 0, -1) if sum(n // c for n in nodes) >= train.workers)
+    cpus = train.threads or next(shares, 1)
     resources = {"CPU": cpus, "GPU": 1} if train.gpu else {"CPU": cpus}
     return ScalingConfig(num_workers=train.workers, use_gpu=train.gpu, resources_per_worker=resources)
 

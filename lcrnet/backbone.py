@@ -73,7 +73,7 @@ class Res5Head(nn.Module):
 
 
 class TinyBody(Body):
-    """A body of 2.6 M parameters for drawings and tests: proposals at stride 8, regions at stride 4 after a merge."""
+    """A body of 2.1 M parameters for drawings and tests: proposals at stride 8, regions at stride 4 after a merge."""
 
     rpn_stride, roi_stride = 8, 4
     rpn_channels, roi_channels = 96, 64

@@ -29,12 +29,13 @@ class UserError(Exception):
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Share = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Floats = tuple[Positive, ...]
 
@@ -133,16 +134,16 @@ class Train(Section):
 
     steps: Count = Field(90000, description="optimiser steps, for `batch` images each")
     batch: Count = Field(16, description="images of one step, over all workers")
-    optimizer: Literal["sgd", "adamw"] = Field("sgd")
+    optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the rule of a step")
     lr: Positive = Field(0.02, description="learning rate for `batch` images")
-    momentum: Share = Field(0.9, description="SGD momentum, or Adam's beta1")
-    beta2: Share = Field(0.999, description="Adam's beta2")
+    momentum: Decay = Field(0.9, description="SGD momentum, or Adam's beta1")
+    beta2: Decay = Field(0.999, description="Adam's beta2")
     weight_decay: NonNegative = Field(0.0001, description="not applied to biases and norms")
     warmup: int = Field(500, ge=0, description="steps of linear warm-up")
-    schedule: Literal["steps", "cosine"] = Field("steps")
+    schedule: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls after the warm-up")
     decay_at: tuple[Share, ...] = Field((0.67, 0.89), description="parts of the run after which `steps` divides by 10")
     clip: NonNegative = Field(0, description="largest norm of the gradient; 0 = no limit")
-    ema: Share = Field(0, description="decay of the averaged weights that are kept; 0 = none")
+    ema: Decay = Field(0, description="decay of the averaged weights that are kept; 0 = none")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the network under autocast")
     seed: int = Field(0, description="same seed and workers, same result")
     workers: Count = Field(1, description="processes that train together")
@@ -191,7 +192,7 @@ class Tune(Section):
     )
     trials: Count = Field(4, description="trials of the sweep")
     metric: str = Field("oks_ap", description="a figure of metrics.json")
-    mode: Literal["max", "min"] = Field("max")
+    mode: Literal["max", "min"] = Field("max", description="whether the best trial has the largest or the smallest")
     concurrent: int = Field(0, ge=0, description="trials at a time; 0 = as many as the cluster holds")
 
 
@@ -270,7 +271,10 @@ def load(file: str | os.PathLike[str] | None = None, overrides: dict[str, Any] |
             raise ConfigError(_unknown(name, list(leaves())))
         if not isinstance(values.setdefault(section, {}), dict):
             raise ConfigError(f"{file}: {section}: expected fields below it")
-        values[section][field] = _number(yaml.safe_load(value)) if isinstance(value, str) else value
+        try:
+            values[section][field] = _number(yaml.safe_load(value)) if isinstance(value, str) else value
+        except yaml.YAMLError as error:
+            raise ConfigError(f"{name}: {value!r} is not YAML: {' '.join(str(error).split())}") from None
     return from_dict(values, str(file) if file is not None else "configuration")
 
 
@@ -349,7 +353,9 @@ class _Parser(argparse.ArgumentParser):
 
 
 def _unknown(name: str, known: Sequence[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+    # The same field of another section (or of none) is nearer than any spelling.
+    same = [k for k in known if "." in k and k.split(".")[-1] == name.split(".")[-1].lstrip("-")]
+    near = same or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     return f"unknown {name!r}" + (f"; did you mean {near[0]!r}?" if near else "; see --help")
 
 
@@ -358,7 +364,7 @@ def _explain(error: dict[str, Any]) -> str:
     where = ".".join(str(part) for part in error["loc"])
     if error["type"] == "extra_forbidden":
         sections = list(Config.model_fields)
-        return _unknown(where, sections if len(error["loc"]) == 1 else list(leaves()))
+        return _unknown(where, [*sections, *leaves()] if len(error["loc"]) == 1 else list(leaves()))
     if error["type"] == "literal_error":
         choices = [c.strip(" '") for c in error["ctx"]["expected"].replace(" or ", ",").split(",")]
         near = difflib.get_close_matches(str(error["input"]), choices, n=1, cutoff=0.4)

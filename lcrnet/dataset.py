@@ -173,12 +173,12 @@ def collate(samples: list[Sample]) -> Batch:
     return Batch(pixels, sizes, [s.people.tensors() for s in samples], [s.id for s in samples])
 
 
-def loader(dataset: PoseDataset, rank: int, world: int, start: int) -> DataLoader[Batch]:
+def loader(dataset: PoseDataset, rank: int, world: int, start: int) -> Iterator[Batch]:
     """Batches of worker `rank` of `world` from step `start` on, decoded by `data.loaders` processes ahead of time."""
     config = dataset.config
     count = config.data.loaders
     options: dict[str, Any] = {"prefetch_factor": 4, "persistent_workers": False} if count else {}
-    return DataLoader(
+    batches: DataLoader[Batch] = DataLoader(
         cast(Dataset[Any], dataset),
         batch_sampler=Steps(config, len(dataset), rank, world, start),
         num_workers=count,
@@ -187,6 +187,10 @@ def loader(dataset: PoseDataset, rank: int, world: int, start: int) -> DataLoade
         worker_init_fn=_quiet,
         **options,
     )
+    try:
+        yield from batches
+    except UserError as error:  # that of a loader process comes with its traceback before it
+        raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
 
 def _quiet(_: int) -> None:

@@ -123,7 +123,8 @@ class PosePredictor(nn.Module):
     def loss(self, logits: Tensor, refined: Tensor, regions: Regions, config: Head) -> dict[str, Tensor]:
         """Losses `class`, `pose2d` and `pose3d`, means over regions, weighted by their trust.
 
-        Pose losses are smooth L1 on the refinement of the true class, means over the coordinates of the joints seen.
+        Pose losses are smooth L1 on the refinement of the true class, summed over all coordinates of a person as in the
+        paper: the mean over the joints seen, times J.
         """
         cross = F.cross_entropy(logits, regions.label, reduction="none")
         losses = {"class": config.class_weight * (cross * regions.trust).sum() / max(len(cross), 1)}
@@ -139,9 +140,9 @@ class PosePredictor(nn.Module):
             ("pose2d", found[..., :2], goal2d, regions.seen2d, config.beta2d, config.weight2d),
             ("pose3d", found[..., 2:], goal3d, regions.seen3d, config.beta3d, config.weight3d),
         ):
-            each = F.smooth_l1_loss(part, goal, beta=beta, reduction="none").mean(-1)
+            each = F.smooth_l1_loss(part, goal, beta=beta, reduction="none").sum(-1)
             use = seen[person]
-            losses[name] = weight * (each * share * (use * trust)[who]).sum() / use.sum().clamp(min=1)
+            losses[name] = weight * self.joints * (each * share * (use * trust)[who]).sum() / use.sum().clamp(min=1)
         return losses
 
     @torch.no_grad()

@@ -190,12 +190,17 @@ def resize(image: np.ndarray, short_side: int, max_side: int) -> tuple[np.ndarra
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), scale
 
 
-def stack(images: Sequence[np.ndarray], multiple: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (H, W, 3) uint8 -> one batch (B, 3, H', W') uint8, padded with 0 on the right and below to whole multiples
-    of the network's stride, and their sizes (B, 2) int64 (height, width).
+def padded(size: Sequence[int], multiple: int = 32) -> tuple[int, ...]:
+    """Sides rounded up to whole multiples of the network's stride."""
+    return tuple(-(-side // multiple) * multiple for side in size)
+
+
+def stack(images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (H, W, 3) uint8 -> one batch (B, 3, H', W') uint8, padded with 0 on the right and below (`padded`), and
+    their sizes (B, 2) int64 (height, width).
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
-    height, width = (-(-int(side) // multiple) * multiple for side in sizes.max(0).values)
+    height, width = padded(sizes.max(0).values.tolist())
     batch = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
     for slot, image in zip(batch, images, strict=True):
         slot[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)

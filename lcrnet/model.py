@@ -124,13 +124,18 @@ class LCRNet(nn.Module):
             return []
         setting = self.config.image
         resized = [image.resize(shot, setting.short_side, setting.max_side) for shot in images]
-        pixels, sizes = image.stack([shot for shot, _ in resized])
-        device = self.mean.device
-        found = self(pixels.to(device), sizes.to(device))
-        return [
-            replace(one, box=one.box / scale, pose2d=one.pose2d / scale)
-            for one, (_, scale) in zip((f.numpy() for f in found), resized, strict=True)
-        ]
+        # One call a padded shape: what is found in an image must not depend on its neighbours (GroupNorm sees padding).
+        shapes: dict[tuple[int, ...], list[int]] = {}
+        for i, (shot, _) in enumerate(resized):
+            shapes.setdefault(image.padded(shot.shape[:2]), []).append(i)
+        out: dict[int, PoseProposals] = {}
+        for rows in shapes.values():
+            pixels, sizes = image.stack([resized[i][0] for i in rows])
+            found = self(pixels.to(self.mean.device), sizes.to(self.mean.device))
+            for i, one in zip(rows, found, strict=True):
+                one = one.numpy()
+                out[i] = replace(one, box=one.box / resized[i][1], pose2d=one.pose2d / resized[i][1])
+        return [out[i] for i in range(len(images))]
 
 
 def _join(a: PoseProposals, b: PoseProposals) -> PoseProposals:

@@ -31,11 +31,11 @@ def nms_twin(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int 
     alive = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
     kept: list[int] = []
     for i in range(len(order)):
+        if len(kept) == max_keep:
+            break
         if alive[i]:
             kept.append(i)
             alive &= ~overlap[i]
-        if len(kept) == max_keep:
-            break
     return order[torch.tensor(kept, dtype=torch.int64, device=boxes.device)]
 
 
@@ -52,7 +52,9 @@ def roi_align(
     """
     if isinstance(boxes, (list, tuple)):
         boxes = rois(boxes)
-    if input.device.type == "cpu" and sampling_ratio > 0 and input.shape[-2] * input.shape[-1] <= MATMUL_CELLS:
+    small = input.shape[-2] * input.shape[-1] <= MATMUL_CELLS
+    # Without regions torchvision's result still hangs on the input, so that every worker of DDP has every gradient.
+    if input.device.type == "cpu" and sampling_ratio > 0 and small and len(boxes):
         return roi_align_twin(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
     half = input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16)  # torchvision has none
     out: Tensor = tv.roi_align(
@@ -101,16 +103,16 @@ def roi_align_twin(
 
 def _samples(low: Tensor, extent: Tensor, bins: int, ratio: int, cells: int) -> Tensor:
     """(R, bins, cells) weights of the cells in each bin's mean of bilinear samples, along one axis."""
-    count = torch.full_like(low, ratio) if ratio > 0 else (extent / bins).ceil().clamp(min=1)
+    count = torch.full_like(low, ratio) if ratio > 0 else (extent / bins).ceil().clamp(min=0)  # flat: no sample, 0
     most = int(count.max()) if len(count) else 1
     steps = torch.arange(most, device=low.device)
     bin_size = extent / bins
-    at = torch.arange(bins, device=low.device)[None, :, None] + ((steps + 0.5)[None] / count[:, None])[:, None]
+    at = torch.arange(bins, device=low.device)[None, :, None] + ((steps + 0.5)[None] / count[:, None].clamp(min=1))[:, None]
     at = low[:, None, None] + at * bin_size[:, None, None]  # (R, bins, most)
     use = (steps[None] < count[:, None])[:, None] & (at >= -1) & (at <= cells)
     at = at.clamp(0, cells - 1)
     hats = (1 - (at[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)
-    return (hats * use[..., None]).sum(2) / count[:, None, None]
+    return (hats * use[..., None]).sum(2) / count[:, None, None].clamp(min=1)
 
 
 def roi_pool(input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0) -> Tensor:

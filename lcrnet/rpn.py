@@ -134,4 +134,4 @@ def _first(key: Tensor, among: Tensor, count: int | Tensor) -> Tensor:
     most = min(int(count.max()) if isinstance(count, Tensor) else count, key.shape[1])
     index = torch.where(among, key, torch.inf).topk(most, dim=1, largest=False).indices
     within = torch.arange(most, device=key.device) < (count[:, None] if isinstance(count, Tensor) else count)
-    return torch.zeros_like(among).scatter_(1, index, within) & among
+    return torch.zeros_like(among).scatter_(1, index, within.expand_as(index)) & among

@@ -5,6 +5,7 @@ The one place where an index of a joint is written down. Everything else asks a 
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -124,7 +125,8 @@ _SIDES = {"left_": "l_", "right_": "r_", "left": "l_", "right": "r_"}
 
 def joint_name(spelling: str) -> str:
     """Our spelling (`r_knee`) of a joint as COCO files spell it (`right_knee`, `RKnee`, `knee_r`, ...)."""
-    name = spelling.strip().lower().replace(" ", "_").replace("-", "_")
+    name = re.sub(r"^([RL])(?=[A-Z][a-z])", r"\1_", spelling.strip())  # RKnee, as OpenPose spells it
+    name = name.lower().replace(" ", "_").replace("-", "_")
     for long, short in _SIDES.items():
         if name.startswith(long):
             return short + name[len(long) :].lstrip("_")

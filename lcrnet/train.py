@@ -104,7 +104,7 @@ def fit(
 
     board = SummaryWriter(str(run.folder), purge_step=start) if run.rank == 0 else None
     samples = dataset.PoseDataset(images, data.images, config, skeleton)
-    batches = iter(dataset.loader(samples, run.rank, run.world_size, start))
+    batches = dataset.loader(samples, run.rank, run.world_size, start)
     meter, began = Meter(), time.monotonic()
     for step in range(start, last + 1):
         if step == last or (step > start and step % config.train.save_every == 0):
@@ -222,6 +222,11 @@ def _restore(
         index, _, moment = name.partition(".")
         moments.setdefault(int(index), {})[moment] = value
     optimizer.load_state_dict({"state": moments, "param_groups": optimizer.state_dict()["param_groups"]})
+    for parameter, state in optimizer.state.items():
+        # Laid out in memory as the parameter is: fused AdamW pairs their numbers by place, whatever the strides.
+        for name, value in state.items():
+            if isinstance(value, Tensor) and value.shape == parameter.shape:
+                state[name] = torch.empty_like(parameter).copy_(value)
     if average:
         for i, weight in enumerate(average.weights):
             weight.copy_(parts["average"][str(i)])
