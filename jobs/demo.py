@@ -35,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     size = settings.draw
     stage(f"draws people: {size.train} images to train on, {size.val} to evaluate on, {size.unlabelled} to annotate")
     learn, val, unlabelled = (drawn(out / "drawn", part, settings) for part in ("train", "val", "unlabelled"))
-    session.connect(settings.train.workers, settings.train.gpu, cpus=settings.train.threads or 1)
+    session.connect(settings.train.workers, settings.train.gpu, cpus=settings.train.threads or 1, log=False)
     stage(f"trains {settings.train.steps} steps on a local Ray")
     if train.run(settings, learn, out / "run") is None:
         return 1

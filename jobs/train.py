@@ -10,10 +10,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import logging
 import shutil
 import tempfile
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from lcrnet import anchors, config, dataset, train, weights
 from lcrnet.config import Config, UserError
 from lcrnet.dataset import Source
 from lcrnet.pose import People
+
+LOG = "train.log"
+"""What rank 0 says, in the run's folder; the driver prints it as it comes."""
 
 WHERE = ("workers", "gpu", "threads", "max_failures", "keep", "log_every")
 """Fields of `train` that say where a run runs, not what it computes: they may change when it goes on."""
@@ -64,7 +69,7 @@ def run(
     poses = _anchors(settings, data, out / "anchors.json")
     if val:
         dataset.read(val, poses.skeleton)
-    session.connect(settings.train.workers, settings.train.gpu, cpus=settings.train.threads or 1)
+    session.connect(settings.train.workers, settings.train.gpu, cpus=settings.train.threads or 1, log=False)
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"config": settings, "data": data, "val": val, "anchors": poses, "out": out},
@@ -80,7 +85,8 @@ def run(
         ),
     )
     try:
-        result = trainer.fit()
+        with _following(out / LOG):
+            result = trainer.fit()
     except ray.train.TrainingFailedError as error:
         print(f"error: training failed: {' '.join(str(error).split())[-600:]}")
         return None
@@ -97,6 +103,7 @@ def run(
 
 def _worker(args: dict[str, Any]) -> dict[str, Any]:
     """One process of the training; what it returns on rank 0 reaches the driver."""
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
     try:
         metrics = train.fit(args["config"], RayRun(args["out"]), args["data"], args["anchors"], args["val"])
     except (train.NonFinite, UserError) as error:  # starting again would only repeat it
@@ -118,11 +125,40 @@ class RayRun:
         checkpoint = ray.train.get_checkpoint()
         return checkpoint.as_directory() if checkpoint else nullcontext()
 
+    def say(self, text: str) -> None:
+        if self.rank == 0:
+            with open(self.folder.parent / LOG, "a", encoding="utf-8") as log:
+                log.write(text + "\n")
+
     def report(self, metrics: dict[str, float], folder: Path | None) -> None:
         checkpoint = Checkpoint.from_directory(str(folder)) if folder else None
         ray.train.report(metrics, checkpoint=checkpoint)
         # A report is only safe once the controller has taken it (RAY.md 2.2).
         ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+
+
+@contextmanager
+def _following(log: Path) -> Iterator[None]:
+    """Prints what is added to a log while the context lasts."""
+    log.touch()
+    end = threading.Event()
+
+    def follow() -> None:
+        with log.open(encoding="utf-8") as lines:
+            lines.seek(0, 2)
+            while True:
+                last = end.wait(0.5)
+                print(lines.read(), end="", flush=True)
+                if last:
+                    return
+
+    thread = threading.Thread(target=follow, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        end.set()
+        thread.join()
 
 
 def _anchors(settings: Config, data: Source, file: Path) -> anchors.AnchorPoses:

@@ -3,7 +3,8 @@
     python jobs/tune.py --config configs/sweep.yaml --out SWEEP [--data ANN.json --images DIR --val ANN.json]
 
 `tune.space` of the configuration names the fields and their values. Without --data the sweep runs on drawn people.
-SWEEP/best is the best trial's model folder, SWEEP/report.json the table; the same command goes on after an interruption.
+SWEEP/best is the best trial's model folder, SWEEP/report.json the table. The same command goes on after an
+interruption.
 """
 
 from __future__ import annotations
@@ -119,7 +120,8 @@ def sweep(settings: Config, space: dict[str, Any], data: Source, val: Source, ou
         )  # fmt: skip
     sign = -1 if settings.tune.mode == "max" else 1
     rows = [
-        {"trial": r.metrics.get("trial_id"), "metric": r.metrics.get(settings.tune.metric), "step": r.metrics.get("step"),
+        {"trial": r.metrics.get("trial_id"), "metric": r.metrics.get(settings.tune.metric),
+         "step": r.metrics.get("step"),
          **{name: r.config[name] for name in space}, "error": str(r.error or "")}
         for r in tuner.fit()
     ]  # fmt: skip

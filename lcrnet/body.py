@@ -190,7 +190,7 @@ def sample(rng: np.random.Generator, heading: float) -> Body:
 
 def build(rng: np.random.Generator, activity: str, angles: dict[str, float], pelvis: np.ndarray) -> Body:
     """Forward kinematics: a body of random build with these joint angles, its pelvis turned by (3, 3)."""
-    a, h = angles, rng.uniform(*STATURE)
+    a, h = angles, float(np.clip(rng.normal(1.70, 0.09), *STATURE))
     chest = pelvis @ turn(0, a["spine_flex"]) @ turn(2, a["spine_side"]) @ turn(1, a["spine_twist"])
     skull = chest @ turn(0, a["neck_flex"]) @ turn(2, a["neck_side"]) @ turn(1, a["neck_turn"])
     frames = {"pelvis": pelvis, "chest": chest, "head": skull}

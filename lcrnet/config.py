@@ -80,7 +80,7 @@ class Head(Section):
     beta2d: Positive = Field(0.1, description="where smooth L1 turns linear, units of the box")
     beta3d: Positive = Field(0.1, description="the same, metres")
     soft: NonNegative = Field(
-        0, description="metres: anchor poses farther than the nearest learn to reach the pose too, exp(-distance / soft)"
+        0, description="metres: anchor poses farther than the nearest regress the pose too, exp(-distance / soft)"
     )
     class_weight: NonNegative = Field(1, description="weight of the class loss")
     weight2d: NonNegative = Field(1, description="weight of the 2D loss")
@@ -124,6 +124,7 @@ class Data(Section):
 
     flip: Share = Field(0.5, description="share of samples that are mirrored, left and right joints swapped")
     scale: tuple[Positive, Positive] = Field((0.8, 1.25), description="random factor on the size of the image")
+    grow: Share = Field(0, description="images start at this part of their size, which they have from half the run on")
     colour: Share = Field(0, description="random brightness, contrast and colour, at most this part")
     loaders: int = Field(2, ge=0, description="processes a worker that decode images; 0 = in the worker itself")
     min_joints: Count = Field(4, description="people with fewer labelled joints are ignored regions")
@@ -305,13 +306,10 @@ def parser(usage: str, config_required: bool = False) -> argparse.ArgumentParser
         name: out.add_argument_group(name, (info.annotation.__doc__ or "").strip()) for name, info in sections.items()
     }  # fmt: skip
     for name, info in leaves().items():
+        default = info.get_default(call_default_factory=True)
+        text = f"{info.description or ''} [{_kind(info.annotation)}; default {_text(default)}]"
         groups[name.split(".")[0]].add_argument(
-            f"--{name}",
-            metavar="VALUE",
-            default=argparse.SUPPRESS,
-            help=f"{info.description or ''} [{_kind(info.annotation)}; default {_text(info.get_default(call_default_factory=True))}]".replace(
-                "%", "%%"
-            ),
+            f"--{name}", metavar="VALUE", default=argparse.SUPPRESS, help=text.replace("%", "%%")
         )
     return out
 

@@ -1,7 +1,7 @@
 """COCO pose data sets as training batches: order, augmentation, batching.
 
 The order is a pure function of (seed, position): position p of the run shows image `order(p // n)[p % n]` of n, with
-the augmentation of position p. So a run of any number of workers sees the same samples, and resumes by knowing its step.
+the augmentation of position p. So a run sees the same samples with any number of workers, and resumes by its step.
 """
 
 from __future__ import annotations
@@ -150,7 +150,7 @@ class Steps(Sampler[list[Key]]):
 
     def __init__(self, config: Config, count: int, rank: int, world: int, start: int):
         self.config, self.count, self.rank, self.world, self.start = config.train, count, rank, world, start
-        self.log_scale = np.log(config.data.scale)
+        self.log_scale, self.grow = np.log(config.data.scale), config.data.grow
 
     def __len__(self) -> int:
         return self.config.steps - self.start
@@ -160,6 +160,8 @@ class Steps(Sampler[list[Key]]):
         share = batch // self.world
         for step in range(self.start, self.config.steps):
             scale = float(np.exp(np.random.default_rng([seed, step, 2]).uniform(*self.log_scale)))
+            if self.grow:  # small images teach the coarse things sooner (progressive resizing, Howard 2018)
+                scale *= self.grow + (1 - self.grow) * min(1, 2 * step / self.config.steps)
             first = step * batch + self.rank * share
             yield [
                 Key(int(order(seed, p // self.count, self.count)[p % self.count]), p, scale)
@@ -190,6 +192,7 @@ def loader(dataset: PoseDataset, rank: int, world: int, start: int) -> Iterator[
     try:
         yield from batches
     except UserError as error:  # that of a loader process comes with its traceback before it
+        error.__traceback__ = None  # the frames in it keep the loader processes
         raise UserError(str(error).rpartition(f"{UserError.__name__}: ")[2].strip()) from None
 
 

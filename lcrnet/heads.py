@@ -47,9 +47,9 @@ class PosePredictor(nn.Module):
 
     def __init__(self, width: int, anchors: AnchorPoses, shared: bool):
         super().__init__()
-        self.register_buffer("anchor2d", torch.from_numpy(anchors.pose2d), persistent=False)
-        self.register_buffer("anchor3d", torch.from_numpy(anchors.pose3d), persistent=False)
-        self.register_buffer("group", torch.from_numpy(anchors.group), persistent=False)
+        self.register_buffer("anchor2d", torch.tensor(anchors.pose2d), persistent=False)
+        self.register_buffer("anchor3d", torch.tensor(anchors.pose3d), persistent=False)
+        self.register_buffer("group", torch.tensor(anchors.group), persistent=False)
         self.joints = anchors.pose2d.shape[1]
         self.classes = nn.Linear(width, len(anchors.pose2d) + 1)
         self.refine = nn.Linear(width, len(anchors.pose2d) * self.joints * 5)

@@ -190,7 +190,7 @@ def resize(image: np.ndarray, short_side: int, max_side: int) -> tuple[np.ndarra
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), scale
 
 
-def padded(size: Sequence[int], multiple: int = 32) -> tuple[int, ...]:
+def padded(size: Sequence[int], multiple: int = 16) -> tuple[int, ...]:
     """Sides rounded up to whole multiples of the network's stride."""
     return tuple(-(-side // multiple) * multiple for side in size)
 

@@ -107,7 +107,10 @@ def _samples(low: Tensor, extent: Tensor, bins: int, ratio: int, cells: int) -> 
     most = int(count.max()) if len(count) else 1
     steps = torch.arange(most, device=low.device)
     bin_size = extent / bins
-    at = torch.arange(bins, device=low.device)[None, :, None] + ((steps + 0.5)[None] / count[:, None].clamp(min=1))[:, None]
+    at = (
+        torch.arange(bins, device=low.device)[None, :, None]
+        + ((steps + 0.5)[None] / count[:, None].clamp(min=1))[:, None]
+    )
     at = low[:, None, None] + at * bin_size[:, None, None]  # (R, bins, most)
     use = (steps[None] < count[:, None])[:, None] & (at >= -1) & (at <= cells)
     at = at.clamp(0, cells - 1)

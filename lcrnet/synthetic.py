@@ -25,10 +25,10 @@ from lcrnet.camera import Camera
 from lcrnet.pose import People
 from lcrnet.skeleton import LCR13
 
-COUNTS = (0.04, 0.44, 0.34, 0.13, 0.05)
+COUNTS = (0.04, 0.45, 0.36, 0.12, 0.03)
 """Share of images with 0, 1, ... people (before those who found no room)."""
 
-MIN_VISIBLE = 0.45
+MIN_VISIBLE = 0.5
 """A person of whom less than this part of the silhouette can be seen is left out of the drawing."""
 
 NEAREST = 0.35
@@ -144,9 +144,10 @@ def scene(seed: int, size: int = 128, heading: float = 180) -> Scene:
         people.pose2d[i] = stage.camera.project(figure.body.joints)
         people.pose3d[i] = pose.centre(figure.body.joints, LCR13)
         people.seen[i] = 1 + _visible(stage, figure, people.pose2d[i], numbers)
-        people.area[i] = np.count_nonzero(figure.silhouette) / OVERSAMPLE**2
         x, y, w, h = cv2.boundingRect(figure.silhouette.view(np.uint8))
         people.box[i] = np.array([x, y, x + w, y + h]) / OVERSAMPLE
+    # Without a mask in the file, `area` is that of the box: as in the predecessor's files, and in those made of labels.
+    people.area[:] = (people.box[:, 2:] - people.box[:, :2]).prod(1)
     people.has3d[:] = True
     root = np.array([f.body.joints[LCR13.torso].mean(0) for f in figures]).reshape(-1, 3)
     return Scene(image, people, stage.camera, root, [f.body for f in figures])
@@ -168,17 +169,17 @@ def _crowd(stage: _Stage, heading: float) -> list[_Figure]:
         low = float((human.spheres[:, 1] + human.radii).max())
         high = float((human.spheres[:, 1] - human.radii).min())
         # How tall somebody would stand there, in parts of the image's height.
-        tall = rng.uniform(0.5, 0.95) if count > 1 or rng.uniform() < 0.65 else rng.uniform(0.9, 1.3)
+        tall = rng.uniform(0.55, 1.0) if count > 1 or rng.uniform() < 0.65 else rng.uniform(0.9, 1.3)
         if figures:
-            tall = float(np.clip(f * 1.7 / figures[0].depth / size * rng.uniform(0.7, 1.4), 0.45, 1.3))
+            tall = float(np.clip(f * 1.7 / figures[0].depth / size * rng.uniform(0.7, 1.4), 0.5, 1.3))
         depth = f * human.stature / (tall * size)
         half = f * (low - high) / depth / 2
         u, v = size * (rng.uniform(0.12, 0.88) if count > 1 else rng.normal(0.5, 0.17)), size * rng.normal(0.5, 0.08)
         if half > 0.42 * size:  # cut off, mostly below
             v = size * rng.uniform(0.03, 0.2) + half
-        if figures and rng.uniform() < 0.5:  # beside somebody, so that they overlap
+        if figures and rng.uniform() < 0.4:  # beside somebody, so that they overlap
             beside = figures[int(rng.integers(len(figures)))]
-            u = stage.camera.project(beside.body.joints)[:, 0].mean() + size * rng.normal(0, 0.15)
+            u = stage.camera.project(beside.body.joints)[:, 0].mean() + size * rng.normal(0, 0.2)
         ray = stage.tilt.T @ np.array([(u - c) / f, (v - c) / f, 1])
         place = ray / ray[2] * depth
         place[1] = ground - low + rng.normal(0, 0.03) if figures else place[1] - (low + high) / 2
@@ -406,7 +407,8 @@ def _background(stage: _Stage) -> np.ndarray:
     image += cv2.resize(soft, (size, size), interpolation=cv2.INTER_CUBIC) * rng.uniform(
         4, 45 if kind == "noise" else 18
     )
-    return cv2.GaussianBlur(image, (0, 0), blur * size / 128)
+    image = cv2.GaussianBlur(image, (0, 0), blur * size / 128)
+    return image.mean((0, 1)) + (image - image.mean((0, 1))) * np.float32(0.7)
 
 
 def _develop(stage: _Stage, numbers: np.ndarray) -> np.ndarray:
@@ -424,7 +426,7 @@ def _develop(stage: _Stage, numbers: np.ndarray) -> np.ndarray:
     image += cv2.cvtColor(paint, cv2.COLOR_RGBA2RGB)
     if rng.uniform() < 0.6:
         image = cv2.GaussianBlur(image, (0, 0), rng.uniform(0.3, 0.8) * size / 128)
-    gain, cast, grain = rng.uniform(0.8, 1.2), rng.uniform(-16, 16) + rng.normal(0, 4, 3), rng.uniform(1, 8)
+    gain, cast, grain = rng.uniform(0.8, 1.2), rng.uniform(-16, 16) + rng.normal(0, 4, 3), rng.uniform(1, 6)
     image = cv2.transform(image, np.column_stack([np.eye(3) * gain, 128 * (1 - gain) + cast]))
     image = cv2.add(image, cv2.merge([rng.standard_normal((size, size), np.float32) * np.float32(grain)] * 3))
     return np.clip(image, 0, 255).astype(np.uint8)

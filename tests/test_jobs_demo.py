@@ -13,8 +13,8 @@ from jobs import demo
 from lcrnet import labels, weights
 
 SHORT = [
-    "--draw.train", "24", "--draw.val", "6", "--draw.unlabelled", "10", "--draw.finetune_steps", "2", "--train.steps", "4",
-    "--train.batch", "4", "--train.workers", "1", "--train.threads", "1", "--train.warmup", "1", "--anchors.k", "4",
+    "--draw.train", "24", "--draw.val", "6", "--draw.unlabelled", "10", "--draw.finetune_steps", "2",
+    "--train.steps", "4", "--train.batch", "4", "--train.workers", "1", "--train.threads", "1", "--train.warmup", "1", "--anchors.k", "4",
     "--evaluate.min_score", "0", "--coco.min_score", "0", "--ppi.th_persondetect", "0.01",
 ]  # fmt: skip
 
