@@ -114,7 +114,7 @@ def augment(
     people = people.copy()
     people.box, people.pose2d, people.area = people.box * scale, people.pose2d * scale, people.area * scale**2
     if rng.random() < config.data.flip:
-        # The mirrored width is the exact one (not rounded to pixels), as that of the coordinates.
+        # About the middle of the pixels there are: coordinates are exact, only the border is rounded to whole pixels.
         width = pixels.shape[1]
         pixels = np.ascontiguousarray(pixels[:, ::-1])
         people.box = np.stack(

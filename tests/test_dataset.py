@@ -57,6 +57,7 @@ def test_every_image_once_an_epoch() -> None:
     assert [k.position for batch in keys(1, 0) for k in batch] == list(range(48))
     for first in (0, 11, 22, 33):
         assert sorted(shown[first : first + 11]) == list(range(11))
+    assert len({tuple(shown[first : first + 11]) for first in (0, 11, 22, 33)}) == 4, "in another order each time"
     assert keys(1, 0, train__seed=1) != keys(1, 0)
 
 
@@ -74,6 +75,13 @@ def test_size_jitter() -> None:
     assert 0.5 <= factors.min() < 0.55 and 1.8 < factors.max() <= 2
     assert abs(np.log2(factors[:, 0]).mean()) < 0.1
     assert all(key.scale == 1 for batch in keys(1, 0) for key in batch)
+
+
+def test_images_grow() -> None:
+    """From a part of their size to all of it at half the run, and no further; not without `grow`."""
+    factors = [batch[0].scale for batch in keys(1, 0, data__grow=0.5, train__steps=40)]
+    assert factors[0] == 0.5 and factors[10] == pytest.approx(0.75) and factors[20:] == [1] * 20
+    assert factors[:20] == sorted(set(factors[:20]))
 
 
 def spots(width: int = 90, height: int = 70) -> tuple[np.ndarray, People]:

@@ -166,6 +166,7 @@ def test_passes(net: LCRNet) -> None:
     net = build(net.config, net.anchors).eval()
     with torch.no_grad():
         net.predictor.classes.bias[2] = 3  # an untrained network is sure of nothing
+        net.predictor.refine.bias.view(-1, 13, 5)[:, 0, :2] = 3  # and sees nobody reach out of the image
     once = net.propose([picture()])[0]
     net.config = changed(net.config, head__passes=2)
     twice = net.propose([picture()])[0]

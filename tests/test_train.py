@@ -34,9 +34,13 @@ class LocalRun:
     threads: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     reported: list[dict[str, float]] = field(default_factory=list)
+    said: list[str] = field(default_factory=list)
 
     def resume(self) -> AbstractContextManager[Path | None]:
         return nullcontext(self.checkpoint)
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
 
     def report(self, metrics: dict[str, float], folder: Path | None) -> None:
         self.reported.append(metrics)
@@ -60,9 +64,9 @@ def changed(settings: Config, **fields: Any) -> Config:
     return config.from_dict(values)
 
 
-def losses(text: str) -> list[dict[str, float]]:
-    """The losses of the printed lines, step by step."""
-    lines = [line for line in text.splitlines() if line.startswith("step ")]
+def losses(run: LocalRun) -> list[dict[str, float]]:
+    """The losses that were said, step by step."""
+    lines = [line for line in run.said if line.startswith("step ")]
     return [{k: float(v) for k, v in re.findall(r"(\w+) (\d+\.\d+|nan|inf)  ", line)} for line in lines]
 
 
@@ -74,9 +78,7 @@ def bitwise(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(value, b[name]) for name, value in a.items())
 
 
-def test_it_learns(
-    tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_it_learns(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
     """Two images by heart, and everything that a run leaves behind."""
     chosen = [i for i in coco.read(data.annotations).images if len(i.people)][:2]
     coco.write(tmp_path / "two.json", chosen)
@@ -84,9 +86,9 @@ def test_it_learns(
     asked = changed(tiny, steps=80, schedule="steps", decay_at=[], clip=0, data__flip=0)
     run = LocalRun(tmp_path)
     metrics = train.fit(asked, run, few, poses, val=few)
-    printed = losses(capsys.readouterr().out)
-    assert len(printed) == 80 and sorted(printed[0]) == ["class", "pose2d", "pose3d", "rpn_box", "rpn_class"]
-    first, last = ({k: sum(p[k] for p in some) / 5 for k in printed[0]} for some in (printed[:5], printed[-5:]))
+    said = losses(run)
+    assert len(said) == 80 and sorted(said[0]) == ["class", "pose2d", "pose3d", "rpn_box", "rpn_class"]
+    first, last = ({k: sum(p[k] for p in some) / 5 for k in said[0]} for some in (said[:5], said[-5:]))
     for name, part in {"class": 0.7, "pose2d": 0.5, "pose3d": 0.1, "rpn_class": 0.2, "rpn_box": 0.5}.items():
         assert last[name] < part * first[name], name
     assert run.reported == [metrics] and metrics is not None and metrics["step"] == 80
@@ -139,17 +141,14 @@ def test_another_seed_is_another_run(tiny: Config, data: Source, poses: AnchorPo
     assert not bitwise(*ends)
 
 
-def test_a_finished_run_does_nothing(
-    tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_finished_run_does_nothing(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
     asked = changed(tiny, steps=1)
     first = LocalRun(tmp_path / "first")
     metrics = train.fit(asked, first, data, poses)
-    capsys.readouterr()
     again = LocalRun(tmp_path / "again", first.checkpoint)
     assert train.fit(asked, again, data, poses) == metrics
     assert again.reported == [] and not again.folder.exists()
-    assert capsys.readouterr().out == "resumed at step 1\n"
+    assert again.said == ["resumed at step 1"]
     other = LocalRun(tmp_path / "other", first.checkpoint)
     with pytest.raises(UserError, match="a checkpoint of another network or optimiser"):
         train.fit(changed(tiny, steps=2, optimizer="sgd"), other, data, poses)
@@ -177,28 +176,25 @@ def test_weights_that_are_not_finite_stop_the_run(
 
 def test_init(
     tiny: Config, data: Source, poses: AnchorPoses, model_folder: Path, tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     """Starts from a model; what does not fit is said, tensor by tensor, and nothing else."""
     asked = changed(tiny, init=str(model_folder), steps=1, lr=1e-12, ema=0)
     start = load_file(model_folder / "model.safetensors")
     few = AnchorPoses(poses.pose2d[:2], poses.pose3d[:2], poses.upper_only[:2], poses.skeleton)
-    for anchors, said in ((poses, 0), (few, 4)):
-        run = LocalRun(tmp_path / str(said))
+    for anchors, misfits in ((poses, 0), (few, 4)):
+        run = LocalRun(tmp_path / str(misfits))
         train.fit(asked, run, data, anchors)
-        lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("train.init: ")]
-        assert len(lines) == said
+        lines = [line for line in run.said if line.startswith("train.init: ")]
+        assert len(lines) == misfits
         end = tensors(run.folder, 1)
-        kept = [name for name in start if not (said and name.startswith("predictor."))]
+        kept = [name for name in start if not (misfits and name.startswith("predictor."))]
         assert all(torch.allclose(end[f"model.{name}"], start[name], atol=1e-9) for name in kept)
     assert "train.init: predictor.classes.weight: (7, 320) in the file, (3, 320) in the network" in lines
     with pytest.raises(UserError, match=r"nothing/model\.safetensors: not readable"):
         train.fit(changed(tiny, init=str(tmp_path / "nothing")), LocalRun(tmp_path / "x"), data, poses)
 
 
-def test_plain_coco_keypoints(
-    tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_plain_coco_keypoints(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
     """2D only, most joints unlabelled, some people without any: finite losses, nothing of 3D; also in bfloat16."""
     document = json.loads(data.annotations.read_text())
     for i, annotation in enumerate(document["annotations"]):
@@ -215,20 +211,21 @@ def test_plain_coco_keypoints(
     assert not people.has3d.any() and people.crowd.any() and (people.seen[~people.crowd] == 0).any()
     for precision in ("fp32", "bf16"):
         asked = changed(tiny, steps=3, precision=precision, head__soft=0.05)
-        train.fit(asked, LocalRun(tmp_path / precision), Source(file, data.images), poses)
-        printed = losses(capsys.readouterr().out)
-        assert len(printed) == 3 and all(line["pose3d"] == 0 for line in printed)
-        assert sum(line["pose2d"] for line in printed) > 0
+        run = LocalRun(tmp_path / precision)
+        train.fit(asked, run, Source(file, data.images), poses)
+        said = losses(run)
+        assert len(said) == 3 and all(line["pose3d"] == 0 for line in said)
+        assert sum(line["pose2d"] for line in said) > 0
 
 
-def test_images_without_people(
-    tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_images_without_people(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
     nobody = [CocoImage(0, i.file_name, i.width, i.height, None, People.empty(0, 13))
               for i in coco.read(data.annotations).images]  # fmt: skip
     coco.write(tmp_path / "nobody.json", nobody)
-    train.fit(changed(tiny, steps=2), LocalRun(tmp_path), Source(tmp_path / "nobody.json", data.images), poses)
-    for line in losses(capsys.readouterr().out):
+    run = LocalRun(tmp_path)
+    train.fit(changed(tiny, steps=2), run, Source(tmp_path / "nobody.json", data.images), poses)
+    assert len(losses(run)) == 2
+    for line in losses(run):
         assert line["pose2d"] == line["pose3d"] == line["rpn_box"] == 0 < line["rpn_class"]
 
 
