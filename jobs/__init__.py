@@ -1,0 +1,1 @@
+"""What `ray job submit` runs. The only place that imports Ray."""

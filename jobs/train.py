@@ -37,7 +37,7 @@ WHERE = ("workers", "gpu", "threads", "max_failures", "keep", "log_every")
 """Fields of `train` that say where a run runs, not what it computes: they may change when it goes on."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = config.parser(__doc__ or "")
     parser.add_argument("--data", type=Path, required=True, metavar="ANN.json", help="COCO file to train on")
     parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its images")
@@ -46,7 +46,7 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--steps", dest="train.steps", default=argparse.SUPPRESS, help="short for --train.steps")
     parser.add_argument("--workers", dest="train.workers", default=argparse.SUPPRESS, help="short for --train.workers")
-    args, settings = config.parse(parser)
+    args, settings = config.parse(parser, argv)
     val = Source(args.val, args.val_images or args.images) if args.val else None
     metrics = run(settings, Source(args.data, args.images), args.out, val)
     print(f"model: {args.out / 'model'}   curves: tensorboard --logdir {args.out / 'tensorboard'}")

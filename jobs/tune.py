@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,18 +29,19 @@ DRIVER_CPU = 0.1
 """What the driver of a trial takes, which only waits for its workers."""
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = config.parser(__doc__ or "", config_required=True)
     parser.add_argument("--data", type=Path, metavar="ANN.json", help="COCO file to train on; drawn people without it")
     parser.add_argument("--images", type=Path, metavar="DIR", help="folder of its images")
     parser.add_argument("--val", type=Path, metavar="ANN.json", help="COCO file that decides")
     parser.add_argument("--val-images", type=Path, metavar="DIR", help="folder of its images; --images without it")
     parser.add_argument("--out", type=Path, required=True, metavar="SWEEP", help="folder of the sweep")
-    args, settings = config.parse(parser)
+    args, settings = config.parse(parser, argv)
     if args.data and not (args.images and args.val):
         raise UserError("--data also needs --images and --val: a sweep is decided on images that it does not train on")
     space = search_space(settings)
     out = session.writable(args.out).resolve()
+    config.save(settings, out / "config.yaml")
     if args.data:
         data = Source(args.data.resolve(), args.images.resolve())
         val = Source(args.val.resolve(), (args.val_images or args.images).resolve())
