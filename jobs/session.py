@@ -42,7 +42,7 @@ def connect(workers: int, gpu: bool = False, *, field: str = "train", cpus: int 
             # Ray protects a local cluster with a token: one of our own, as its file in the home folder may be another
             # cluster's, or not writable. RAY_AUTH_MODE stays Ray's to set: it is read once, when ray is imported.
             os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
-        local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": True}
+        local: dict[str, Any] = {} if address else {"address": "local", "include_dashboard": False}
         try:
             # ERROR while it starts (a notice about the token), WARNING from then on.
             ray.init(**local, logging_level=logging.ERROR, log_to_driver=log)

@@ -35,8 +35,8 @@ LIMITS: dict[str, tuple[float, float]] = {
 }  # fmt: skip
 
 ACTIVITIES = {
-    "stand": 0.28, "walk": 0.20, "run": 0.06, "sit": 0.15, "arms_up": 0.12, "bend": 0.07, "crouch": 0.03,
-    "kneel": 0.02, "reach": 0.06, "lie": 0.01,
+    "stand": 0.32, "walk": 0.23, "run": 0.04, "sit": 0.17, "arms_up": 0.11, "bend": 0.06, "crouch": 0.015,
+    "kneel": 0.01, "reach": 0.04, "lie": 0.005,
 }  # fmt: skip
 """Share of each activity."""
 
@@ -118,7 +118,7 @@ def _sample_angles(rng: np.random.Generator, activity: str) -> tuple[dict[str, f
         "neck_flex": n(2, 12), "neck_side": n(0, 6), "neck_turn": n(0, 22),
     }  # fmt: skip
     pitch, gait, left = n(2, 3), u(15, 35), u() < 0.5
-    style = rng.choice(["hang", "hips", "folded", "hold", "point", "side"], p=[0.42, 0.12, 0.08, 0.18, 0.12, 0.08])
+    style = rng.choice(["hang", "hips", "folded", "hold", "point", "side"], p=[0.48, 0.12, 0.06, 0.17, 0.10, 0.07])
     other = style if u() < 0.45 or style == "folded" else rng.choice(["hang", "hold"])
     if activity == "arms_up":
         style, other = "up", "up" if u() < 0.65 else rng.choice(["hang", "side", "hips"])

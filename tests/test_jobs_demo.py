@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,11 @@ from pycocotools.coco import COCO
 from jobs import demo
 from lcrnet import labels, weights
 
-SHORT = [
-    "--draw.train", "24", "--draw.val", "6", "--draw.unlabelled", "10", "--draw.finetune_steps", "2",
-    "--train.steps", "4", "--train.batch", "4", "--train.workers", "1", "--train.threads", "1", "--train.warmup", "1", "--anchors.k", "4",
-    "--evaluate.min_score", "0", "--coco.min_score", "0", "--ppi.th_persondetect", "0.01",
-]  # fmt: skip
+SHORT = shlex.split(
+    "--draw.train 24 --draw.val 6 --draw.unlabelled 10 --draw.finetune_steps 2 --train.steps 4 --train.batch 4"
+    " --train.workers 1 --train.threads 1 --train.warmup 1 --anchors.k 4"
+    " --evaluate.min_score 0 --coco.min_score 0 --ppi.th_persondetect 0.01"
+)
 
 
 def test_demo(cluster: Any, root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
