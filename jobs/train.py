@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,9 @@ def run(
         with _following(out / LOG):
             result = trainer.fit()
     except ray.train.TrainingFailedError as error:
-        print(f"error: training failed: {' '.join(str(error).split())[-600:]}")
+        failures = getattr(error, "worker_failures", {}) or {0: error}
+        for rank, failure in sorted(failures.items())[:1]:
+            print(f"error: training failed, first on worker {rank}:\n{str(failure).strip()[-2000:]}")
         return None
     said = result.return_value or {}
     if "error" in said:
@@ -121,9 +123,11 @@ class RayRun:
         self.threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
         self.folder = out / "tensorboard"
 
-    def resume(self) -> AbstractContextManager[Path | None]:
+    @contextmanager
+    def resume(self) -> Iterator[Path | None]:
         checkpoint = ray.train.get_checkpoint()
-        return checkpoint.as_directory() if checkpoint else nullcontext()
+        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
+            yield Path(folder) if folder else None
 
     def say(self, text: str) -> None:
         if self.rank == 0:
