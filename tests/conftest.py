@@ -40,10 +40,10 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def cluster() -> Iterator[Any]:
-    """One local Ray."""
+    """One local Ray. Its CPUs are a number: more than there are, so that no test waits for another's to be released."""
     import ray
 
-    ray.init(num_cpus=4, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
+    ray.init(num_cpus=8, num_gpus=0, include_dashboard=False, object_store_memory=100 * 2**20, log_to_driver=False)
     yield ray
     ray.shutdown()
 

@@ -123,9 +123,9 @@ def test_a_worker_that_cannot_load_the_model_is_the_users_mistake(
 
 
 def test_more_workers_than_the_cluster_has(cluster: Any) -> None:
-    connect(4)
-    with pytest.raises(UserError, match=r"asked for 8 workers x 1 CPU; .* 4 CPUs.* lower --train.workers to 4"):
-        connect(8)
+    connect(8)
+    with pytest.raises(UserError, match=r"asked for 9 workers x 1 CPU; .* 8 CPUs.* lower --train.workers to 8"):
+        connect(9)
     with pytest.raises(UserError, match=r"0 GPUs.*--annotate.gpu false"):
         connect(1, gpu=True, field="annotate")
 

@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_ends_the_run(
 
 
 def test_more_workers_than_the_cluster_has(cluster: Any, tiny: Config, source: Source, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"lower --train\.workers to 4"):
+    with pytest.raises(UserError, match=r"lower --train\.workers to 8"):
         train.run(changed(tiny, workers=64, batch=64, threads=1), source, tmp_path / "run")
 
 
