@@ -109,14 +109,18 @@ class LCRNet(nn.Module):
 
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[list[Person]]:
         """`detect` of several images; fastest where they have the same shape."""
-        return [
-            ppi.integrate(found, shot.shape[:2], self.config.ppi, self.skeleton, self.anchors.upper_only)
-            for found, shot in zip(self.propose(images), images, strict=True)
-        ]
+        sizes = [shot.shape[:2] for shot in images]
+        return ppi.integrate_batch(
+            self._propose(images), sizes, self.config.ppi, self.skeleton, self.anchors.upper_only
+        )
 
-    @torch.inference_mode()
     def propose(self, images: Sequence[np.ndarray]) -> list[PoseProposals]:
         """The pose proposals of several images (H, W, 3) uint8 RGB, in their pixels; NumPy."""
+        return [found.numpy() for found in self._propose(images)]
+
+    @torch.inference_mode()
+    def _propose(self, images: Sequence[np.ndarray]) -> list[PoseProposals]:
+        """`propose`, but tensors, on the network's device."""
         for shot in images:
             if shot.ndim != 3 or shot.shape[2] != 3 or shot.dtype != np.uint8:
                 raise ValueError(f"an image is (H, W, 3) uint8 RGB, not {shot.shape} {shot.dtype}")
@@ -133,7 +137,6 @@ class LCRNet(nn.Module):
             pixels, sizes = image.stack([resized[i][0] for i in rows])
             found = self(pixels.to(self.mean.device), sizes.to(self.mean.device))
             for i, one in zip(rows, found, strict=True):
-                one = one.numpy()
                 out[i] = replace(one, box=one.box / resized[i][1], pose2d=one.pose2d / resized[i][1])
         return [out[i] for i in range(len(images))]
 

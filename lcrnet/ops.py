@@ -1,158 +1,218 @@
-"""The operators of the network: `nms`, `roi_align`, `roi_pool`, with torchvision's arguments and conventions.
+"""The operators of the network. In C++ and CUDA where ext/ is built, which the first call sees to; else their readable
+twins in `twins`, with one warning that says why.
 
-Each has a readable twin here, in plain PyTorch. Until ext/ is built, torchvision's compiled operators run
-where they are the faster ones.
+The environment variable LCRNET_OPS forces one: `ext` (an error where it cannot be built) or `torch` (the twins).
+
+Common to all: B images, C channels, boxes (x1, y1, x2, y2) in pixels, regions (R, 5) of (image, box); maps are float32,
+float16, bfloat16 or float64, in (B, C, H, W) or channels-last memory; results are of the same type and memory. Boxes
+count as float32 whatever the map's type (as float64 for float64 maps): half precision cannot tell pixels apart. A
+region that is not finite, or of an image that does not exist, gives zeros. Under autocast the
+operators take what they get.
 """
 
 from __future__ import annotations
 
+import functools
+import os
+import warnings
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
 import torch
-import torchvision.ops as tv
 from torch import Tensor
 
-# Up to this many cells a map, RoIAlign as two matrix products is faster on a CPU than torchvision's scalar loop, above
-# all its backward (tests/bench/ops.py).
-MATMUL_CELLS = 64 * 64
+from ext import build, register
+from lcrnet import twins
+
+Size = int | tuple[int, int]
 
 
-def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
-    """Greedy non-maximum suppression. boxes (N, 4), scores (N,) -> (M,) int64 indices kept, by falling score.
-
-    max_keep   at most so many
+def use_ext(kind: str) -> bool:
+    """Whether the operators of ext/ run on devices of `kind`, "cpu" or "cuda"; the first call loads them and, if need
+    be, builds them. Raises ValueError for an unknown LCRNET_OPS, ext.build.BuildError where LCRNET_OPS=ext cannot be met.
     """
-    keep: Tensor = tv.nms(boxes.float(), scores.float(), iou_threshold)
-    return keep if max_keep is None else keep[:max_keep]
+    return _use_ext(kind, os.environ.get("LCRNET_OPS", ""))
 
 
-def nms_twin(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
-    """`nms` in plain PyTorch; ties keep the order of the input."""
-    order = scores.argsort(descending=True, stable=True)
-    overlap = tv.box_iou(boxes[order], boxes[order]) > iou_threshold
-    alive = torch.ones(len(order), dtype=torch.bool, device=boxes.device)
-    kept: list[int] = []
-    for i in range(len(order)):
-        if len(kept) == max_keep:
-            break
-        if alive[i]:
-            kept.append(i)
-            alive &= ~overlap[i]
-    return order[torch.tensor(kept, dtype=torch.int64, device=boxes.device)]
+@functools.cache
+def _use_ext(kind: str, forced: str) -> bool:
+    if forced not in ("", "ext", "torch"):
+        raise ValueError(f"LCRNET_OPS is ext or torch, not {forced!r}")
+    if forced == "torch" or kind not in ("cpu", "cuda"):
+        return False
+    try:
+        register.load(build.library("cpu"))  # it holds the schemas
+        if kind == "cuda":
+            register.load(build.library("cuda"))
+    except build.BuildError as error:
+        if forced:
+            raise
+        warnings.warn(f"slower PyTorch operators run on the {kind}: {error}", RuntimeWarning, stacklevel=2)
+        return False
+    return True
+
+
+# Seen by torch.compile as a constant: nothing is built while a graph is traced.
+_built = torch.compiler.assume_constant_result(use_ext)
+
+
+def _operator(name: str, where: Tensor) -> Any:
+    """The operator of ext/, or its twin, for tensors of that device."""
+    return getattr(torch.ops.lcrnet if _built(where.device.type) else twins, name)
 
 
 def roi_align(
-    input: Tensor,
-    boxes: Tensor,
-    output_size: int | tuple[int, int],
-    spatial_scale: float = 1.0,
+    maps: Tensor | Sequence[Tensor],
+    boxes: Tensor | Sequence[Tensor],
+    output_size: Size,
+    spatial_scale: float | Sequence[float] = 1.0,
     sampling_ratio: int = -1,
     aligned: bool = False,
+    level: Tensor | None = None,
+    step: int = 1,
 ) -> Tensor:
-    """RoIAlign (He et al., Mask R-CNN, ICCV 2017). input (B, C, H, W); boxes (R, 5), rows of (image, x1, y1, x2, y2),
-    or a list of (r, 4) an image -> (R, C, h, w). aligned: half a cell is taken off, so that cells are centred.
+    """RoIAlign (He et al., Mask R-CNN, ICCV 2017) -> (R, C, h, w): each bin the mean of bilinear samples.
+
+    maps            (B, C, H, W), or one such map a pyramid level
+    boxes           regions (R, 5), or (r, 4) for each image
+    spatial_scale   cells a pixel, of each map
+    sampling_ratio  samples a bin along each axis; below 1: as many as a bin has cells, rounded up
+    aligned         half a cell is taken off coordinates, which then name places, not cells; without it no region is
+                    smaller than a cell (Detectron's first convention)
+    level           (R,) int, the map of each region; needed with several maps
+    step            only bins 0, step, 2 step, ... of each axis are made: what a convolution of that stride reads
+
+    As torchvision's, except that regions far larger than the map cost no more than others. Gradients reach the maps, in
+    the same order of additions on every run and any number of threads.
     """
-    if isinstance(boxes, (list, tuple)):
-        boxes = rois(boxes)
-    small = input.shape[-2] * input.shape[-1] <= MATMUL_CELLS
-    # Without regions torchvision's result still hangs on the input, so that every worker of DDP has every gradient.
-    if input.device.type == "cpu" and sampling_ratio > 0 and small and len(boxes):
-        return roi_align_twin(input, boxes, output_size, spatial_scale, sampling_ratio, aligned)
-    half = input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16)  # torchvision has none
-    out: Tensor = tv.roi_align(
-        input.float() if half else input,
-        boxes.to(torch.float32 if half else input.dtype),
-        output_size,
-        spatial_scale,
-        sampling_ratio,
-        aligned,
+    every = [maps] if isinstance(maps, Tensor) else list(maps)
+    scales = [float(spatial_scale)] if isinstance(spatial_scale, (int, float)) else [float(s) for s in spatial_scale]
+    if len(every) > 1 and level is None:
+        raise ValueError("several maps need the level of each region")
+    height, width = _pair(output_size)
+    out: Tensor = _operator("roi_align", every[0])(
+        every, _rois(boxes, every[0]), level, scales, height, width, sampling_ratio, aligned, step
     )
-    return out.to(input.dtype)
-
-
-def roi_align_twin(
-    input: Tensor,
-    boxes: Tensor,
-    output_size: int | tuple[int, int],
-    spatial_scale: float = 1.0,
-    sampling_ratio: int = -1,
-    aligned: bool = False,
-) -> Tensor:
-    """`roi_align` as two matrix products: bilinear sampling and the mean over a bin are separable in x and y."""
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    image = boxes[:, 0].long()
-    low, high = (boxes[:, 1:].float() * spatial_scale - (0.5 if aligned else 0)).split(2, dim=1)
-    extent = high - low
-    if not aligned:  # Detectron's convention: no region is smaller than a cell
-        extent = extent.clamp(min=1)
-    across = _samples(low[:, 0], extent[:, 0], width, sampling_ratio, input.shape[3]).to(input.dtype)
-    down = _samples(low[:, 1], extent[:, 1], height, sampling_ratio, input.shape[2]).to(input.dtype)
-    # Image by image: (r * h, H) x (H, W * C), then (w, W) x (W, C) a region. The map stays channels-last throughout.
-    out = input.new_zeros(len(boxes), height, width, input.shape[1])
-    parts, places = [], []
-    for b in range(len(input)):
-        mine = (image == b).nonzero()[:, 0]
-        if len(mine) == 0:
-            continue
-        cells = input[b].permute(1, 2, 0).flatten(1)
-        rows = (down[mine].flatten(0, 1) @ cells).view(len(mine), height, input.shape[3], input.shape[1])
-        parts.append(across[mine][:, None] @ rows)
-        places.append(mine)
-    if parts:
-        out = out.index_copy(0, torch.cat(places), torch.cat(parts))
-    return out.permute(0, 3, 1, 2)
-
-
-def _samples(low: Tensor, extent: Tensor, bins: int, ratio: int, cells: int) -> Tensor:
-    """(R, bins, cells) weights of the cells in each bin's mean of bilinear samples, along one axis."""
-    count = torch.full_like(low, ratio) if ratio > 0 else (extent / bins).ceil().clamp(min=0)  # flat: no sample, 0
-    most = int(count.max()) if len(count) else 1
-    steps = torch.arange(most, device=low.device)
-    bin_size = extent / bins
-    at = (
-        torch.arange(bins, device=low.device)[None, :, None]
-        + ((steps + 0.5)[None] / count[:, None].clamp(min=1))[:, None]
-    )
-    at = low[:, None, None] + at * bin_size[:, None, None]  # (R, bins, most)
-    use = (steps[None] < count[:, None])[:, None] & (at >= -1) & (at <= cells)
-    at = at.clamp(0, cells - 1)
-    hats = (1 - (at[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)
-    return (hats * use[..., None]).sum(2) / count[:, None, None].clamp(min=1)
-
-
-def roi_pool(input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0) -> Tensor:
-    """RoIPool: the maximum of each bin (Girshick, Fast R-CNN, ICCV 2015). Arguments as `roi_align`."""
-    if isinstance(boxes, (list, tuple)):
-        boxes = rois(boxes)
-    half = input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16)
-    out: Tensor = tv.roi_pool(
-        input.float() if half else input,
-        boxes.to(torch.float32 if half else input.dtype),
-        output_size,
-        spatial_scale,
-    )
-    return out.to(input.dtype)
-
-
-def roi_pool_twin(
-    input: Tensor, boxes: Tensor, output_size: int | tuple[int, int], spatial_scale: float = 1.0
-) -> Tensor:
-    """`roi_pool` in plain PyTorch."""
-    height, width = (output_size, output_size) if isinstance(output_size, int) else output_size
-    out = input.new_zeros(len(boxes), input.shape[1], height, width)
-    corners = torch.floor(boxes[:, 1:] * spatial_scale + 0.5).long()  # rounds .5 up, as C's round does for x >= 0
-    for r, (x1, y1, x2, y2) in enumerate(corners.tolist()):
-        w, h = max(x2 - x1 + 1, 1), max(y2 - y1 + 1, 1)
-        for i in range(height):
-            top = min(max(y1 + (i * h) // height, 0), input.shape[2])
-            bottom = min(max(y1 + -((-(i + 1) * h) // height), 0), input.shape[2])
-            for j in range(width):
-                left = min(max(x1 + (j * w) // width, 0), input.shape[3])
-                right = min(max(x1 + -((-(j + 1) * w) // width), 0), input.shape[3])
-                if top < bottom and left < right:
-                    out[r, :, i, j] = input[int(boxes[r, 0]), :, top:bottom, left:right].amax((-2, -1))
     return out
 
 
-def rois(boxes: list[Tensor] | tuple[Tensor, ...]) -> Tensor:
-    """Boxes (r, 4) of each image -> (R, 5) rows of (image, x1, y1, x2, y2)."""
+def nms(boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None) -> Tensor:
+    """Greedy non-maximum suppression of one image: boxes (N, 4), scores (N,) -> (M,) int64, the boxes kept, by falling
+    score. As torchvision's, and `batched_nms`, which on CUDA does not wait for the device.
+    """
+    keep, count = batched_nms(boxes[None], scores[None], iou_threshold, max_keep)
+    return keep[0, : count.item()]
+
+
+def batched_nms(
+    boxes: Tensor, scores: Tensor, iou_threshold: float, max_keep: int | None = None, group: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Greedy non-maximum suppression of B images with N boxes each -> keep (B, M) int64: the boxes kept, by falling
+    score, then -1; count (B,) int64 of those kept.
+
+    boxes          (B, N, 4)
+    scores         (B, N); -inf: there is no such box, which pads images with fewer; NaN comes first, as in torch.sort
+    iou_threshold  at least 0; of two boxes with an IoU above it the one of the lower score goes; of equals the later
+    max_keep       M, at most N, which it is if not given; an image is done when so many are kept
+    group          (B, N) int64, a pyramid level or a class: boxes of different groups leave each other alone
+
+    IoUs are float32 (float64 where boxes or scores are), operation by operation as torchvision's on a CPU, and so is
+    the outcome. A box that is not finite, or of no or negative size, neither drops another nor is dropped. No gradients.
+    On CUDA nothing waits for the device.
+    """
+    if not iou_threshold >= 0:
+        raise ValueError(f"iou_threshold is at least 0, not {iou_threshold}")
+    most = boxes.shape[1] if max_keep is None else min(max_keep, boxes.shape[1])
+    out: tuple[Tensor, Tensor] = _operator("nms", boxes)(boxes.detach(), scores.detach(), group, iou_threshold, most)
+    return out
+
+
+class PeopleFound(NamedTuple):
+    """What `group_poses` returns: P people an image, those of the largest mass, by falling mass; then zeros.
+
+    mass (B, P)           sum of the scores of the merged proposals
+    pose2d (B, P, J, 2)   their weighted mean
+    pose3d (B, P, J, 3)
+    spread (B, P, J)      their weighted mean distance from it, in 3D
+    support (B, P)        int64: how many they are
+    best (B, P)           int64: the best of them, its place among the N; -1 where there is no person
+    person (B, N)         int64: into which of the P a proposal was merged; -1: into none
+    total (B,)            int64: people found, who may be more than P
+    """
+
+    mass: Tensor
+    pose2d: Tensor
+    pose3d: Tensor
+    spread: Tensor
+    support: Tensor
+    best: Tensor
+    person: Tensor
+    total: Tensor
+
+
+def group_poses(
+    score: Tensor,
+    pose2d: Tensor,
+    pose3d: Tensor,
+    *,
+    th_pose3d: float,
+    min_mode_score: float,
+    th_persondetect: float,
+    max_people: int,
+    th_iou: float = 0.0,
+    boxes: Tensor | None = None,
+    points: Tensor | None = None,
+    swapped: Tensor | None = None,
+    limit: Tensor | None = None,
+    legs: Tensor | None = None,
+    lower: Tensor | None = None,
+) -> PeopleFound:
+    """Pose proposals integration of B images with N proposals each: the groups, modes and means of `lcrnet.ppi`, whose
+    docstring defines them.
+
+    score           (B, N); a proposal with a score of 0 or less is none, which pads images with fewer
+    pose2d          (B, N, J, 2) pixels
+    pose3d          (B, N, J, 3) metres
+    boxes           (B, N, 4): two proposals overlap where the IoU of their boxes is above `th_iou`; or ...
+    points, limit   (B, N, Q, 2), (B, N): ... where the mean distance of p's points from those of the centre c is below
+                    the limit of c
+    swapped         (B, N, Q, 2): the points with left and right exchanged; the smaller distance of the two counts
+    legs            (B, N): the weight of the joints of `lower`, above 0; without it 1
+    lower           (J,) bool
+    th_pose3d       metres: mean distance of the joints below which a proposal belongs to the mode of a centre
+    min_mode_score  score of the centre of a further mode
+    th_persondetect mass of a person
+    max_people      P
+
+    "Best" is the highest score; of equals the first. A proposal with a number that is not finite counts as none.
+    Numbers are taken as float32, boxes and limits as float64; comparisons with thresholds come out as in float64. No
+    gradients. On CUDA nothing waits for the device.
+    """
+
+    def ready(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+        return None if t is None else t.detach().to(dtype)
+
+    single, double = torch.float32, torch.float64
+    legs = torch.ones_like(score) if legs is None else legs
+    lower = torch.zeros(pose3d.shape[2], dtype=torch.bool, device=score.device) if lower is None else lower
+    out = _operator("group_poses", score)(
+        *(ready(t, single) for t in (score, pose2d, pose3d, legs)), lower, ready(boxes, double), ready(points, single),
+        ready(swapped, single), ready(limit, double), th_iou, th_pose3d, min_mode_score, th_persondetect, max_people,
+    )  # fmt: skip
+    return PeopleFound(*out)
+
+
+def rois(boxes: Sequence[Tensor]) -> Tensor:
+    """Boxes (r, 4) of each image -> regions (R, 5)."""
     image = torch.cat([b.new_full((len(b), 1), i) for i, b in enumerate(boxes)])
     return torch.cat([image, torch.cat(list(boxes))], dim=1)
+
+
+def _rois(boxes: Tensor | Sequence[Tensor], map: Tensor) -> Tensor:
+    """Regions as the operators take them."""
+    regions = boxes if isinstance(boxes, Tensor) else rois(boxes)
+    return regions.detach().to(torch.float64 if map.dtype == torch.float64 else torch.float32)
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else (size[0], size[1])

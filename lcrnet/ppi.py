@@ -25,27 +25,30 @@ cut off altogether still has an area. B(c) is the box of all joints, the distanc
     mje                          d < th_iou, of all joints
     torsoLR, torsoheadLR,        d or d with left and right of p exchanged, whichever is smaller, < th_iou
     shoulderheadLR
+
+All but the boxes is `ops.group_poses`, on a batch of images at once; of what is on a GPU only the people leave it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from lcrnet import config, pose
-from lcrnet.pose import Person, PoseProposals
+from lcrnet import config, ops, pose
+from lcrnet.pose import Array, Person, PoseProposals
 from lcrnet.skeleton import LCR13, Skeleton
 
 LEGS_UNSEEN = 0.1
 """Weight of the joints below the hips in proposals of upper-body anchor poses."""
 
-
-PIVOTS = 8
-"""Centres of a group whose distances from all of it are computed; see `_best_mode`."""
-
-ROUNDING = 1e-4
-"""Metres; more than the error of a float32 distance."""
+MAX_PEOPLE = 256
+"""People an image that room is made for; where there are more, the operator runs once more, with room for all."""
 
 
 def integrate(
@@ -65,32 +68,45 @@ def integrate(
     scale, and never above 1. `spread`_j is the w_ij-weighted mean distance of the merged 3D joints from their mean,
     and joint_score_j = score exp(-spread_j / th_pose3D): merged proposals that disagree about a joint lower it.
     """
-    proposals = proposals.numpy()
-    lower = np.isin(np.arange(len(skeleton)), skeleton.lower)
+    return integrate_batch([proposals], [size], params, skeleton, upper_only)[0]
+
+
+@torch.no_grad()
+def integrate_batch(
+    proposals: Sequence[PoseProposals],
+    sizes: Sequence[tuple[int, int]],
+    params: config.Ppi,
+    skeleton: Skeleton = LCR13,
+    upper_only: np.ndarray | None = None,
+) -> list[list[Person]]:
+    """`integrate` of several images at once, on the device that their proposals are on."""
+    if not any(len(p) for p in proposals):
+        return [[] for _ in proposals]
+    given = _given(proposals, sizes, params, skeleton, upper_only)
+    found = ops.group_poses(**given, max_people=MAX_PEOPLE)
+    count = found.total.tolist()
+    if max(count) > MAX_PEOPLE:
+        found = ops.group_poses(**given, max_people=max(count))
+    anchor = _pad([p.anchor for p in proposals]).gather(1, found.best.clamp(min=0))
+    mass, pose2d, pose3d, spread, support, best = (v[:, : max(count)].cpu().numpy() for v in (*found[:5], anchor))
+    score = mass.astype(np.float64) / (1 + mass.astype(np.float64))
+    joint_score = (score[..., None] * np.exp(-spread / params.th_pose3D)).astype(np.float32)
     people = []
-    for rows in modes(proposals, size, params, skeleton):
-        weight = proposals.score[rows].astype(np.float64)
-        mass = weight.sum()
-        score = mass / (1 + mass)
-        trust = np.repeat(weight[:, None], len(skeleton), 1)
-        if upper_only is not None:
-            trust[np.ix_(np.asarray(upper_only)[proposals.anchor[rows]], lower)] *= LEGS_UNSEEN
-        trust /= trust.sum(0)
-        pose2d = np.einsum("nj,njd->jd", trust, proposals.pose2d[rows])
-        pose3d = np.einsum("nj,njd->jd", trust, proposals.pose3d[rows])
-        spread = (trust * np.linalg.norm(proposals.pose3d[rows] - pose3d, axis=-1)).sum(0)
-        people.append(
+    for b, size in enumerate(sizes):
+        box = pose.clip(pose.box_of(pose2d[b]), *size)
+        people.append([
             Person(
-                box=pose.clip(pose.box_of(pose2d), *size).astype(np.float32),
-                pose2d=pose2d.astype(np.float32),
-                pose3d=pose3d.astype(np.float32),
-                score=float(score),
-                joint_score=(score * np.exp(-spread / params.th_pose3D)).astype(np.float32),
-                anchor=int(proposals.anchor[rows[0]]),
-                support=len(rows),
-                spread=spread.astype(np.float32),
+                box=box[p],
+                pose2d=pose2d[b, p],
+                pose3d=pose3d[b, p],
+                score=float(score[b, p]),
+                joint_score=joint_score[b, p],
+                anchor=int(best[b, p]),
+                support=int(support[b, p]),
+                spread=spread[b, p],
             )
-        )
+            for p in range(count[b])
+        ])  # fmt: skip
     return people
 
 
@@ -98,105 +114,72 @@ def modes(
     proposals: PoseProposals, size: tuple[int, int], params: config.Ppi, skeleton: Skeleton = LCR13
 ) -> list[np.ndarray]:  # fmt: skip
     """The proposals of each person, as `integrate` merges them: int64 rows, best first; the largest mass first."""
-    proposals = proposals.numpy()
-    rows = np.flatnonzero(usable(proposals))
-    rows = rows[np.argsort(-proposals.score[rows], kind="stable")]
-    score = proposals.score[rows].astype(np.float64)
-    pose3d = np.ascontiguousarray(proposals.pose3d[rows].astype(np.float32, copy=False).swapaxes(1, 2))
-    near = _overlap(proposals.pose2d[rows].astype(np.float64), size, params, skeleton)
-    found = [_best_mode(group, score[group], pose3d[group], params) for group in _groups(len(rows), near)]
-    masses = np.array([mass for _, mass in found])
-    order = [i for i in np.argsort(-masses, kind="stable") if masses[i] >= params.th_persondetect]
-    return [rows[found[i][0]] for i in order]
+    found = ops.group_poses(**_given([proposals], [size], params, skeleton, None), max_people=len(proposals))
+    person = found.person[0].cpu().numpy()
+    score = proposals.numpy().score
+    rows = np.argsort(-np.where(person < 0, 0, score), kind="stable")
+    return [rows[person[rows] == p] for p in range(int(found.total))]
 
 
 def usable(proposals: PoseProposals) -> np.ndarray:
     """(N,) bool: finite poses and a finite score above 0. `(~usable(p)).sum()` counts what `integrate` leaves out."""
+    proposals = proposals.numpy()
     finite = np.isfinite(proposals.score) & (proposals.score > 0)
     return finite & np.isfinite(proposals.pose2d).all((1, 2)) & np.isfinite(proposals.pose3d).all((1, 2))
 
 
-Near = Callable[[np.ndarray], np.ndarray]
-"""Rows (n,) -> (n,) bool: which of them overlap the first in 2D."""
+def _given(
+    proposals: Sequence[PoseProposals],
+    sizes: Sequence[tuple[int, int]],
+    params: config.Ppi,
+    skeleton: Skeleton,
+    upper_only: np.ndarray | None,
+) -> dict[str, Any]:
+    """The arguments of `ops.group_poses`."""
+    score, pose2d, pose3d = (
+        _pad([getattr(p, name) for p in proposals]).float() for name in ("score", "pose2d", "pose3d")
+    )
+    given = _overlap(pose2d, torch.tensor(sizes, device=score.device), params, skeleton)
+    if upper_only is not None:
+        weight = torch.from_numpy(np.where(upper_only, LEGS_UNSEEN, 1).astype(np.float32)).to(score.device)
+        given["legs"] = weight[_pad([p.anchor for p in proposals])]
+        lower = np.zeros(len(skeleton), bool)
+        lower[skeleton.lower] = True
+        given["lower"] = torch.from_numpy(lower).to(score.device)
+    return given | {
+        "score": score,
+        "pose2d": pose2d,
+        "pose3d": pose3d,
+        "th_iou": params.th_iou,
+        "th_pose3d": params.th_pose3D,
+        "min_mode_score": params.min_mode_score,
+        "th_persondetect": params.th_persondetect,
+    }
 
 
-def _groups(count: int, near: Near) -> Iterator[np.ndarray]:
-    """Rows of each group, of `count` rows in the order of their scores."""
-    left = np.arange(count)
-    while len(left):
-        member = near(left)
-        member[0] = True
-        yield left[member]
-        left = left[~member]
+def _pad(values: Sequence[Array]) -> Tensor:
+    """(n, ...) of each image -> (B, N, ...), the shorter ones filled up with 0."""
+    every = [torch.as_tensor(v) for v in values]
+    return every[0][None] if len(every) == 1 else pad_sequence(every, batch_first=True)
 
 
-def _best_mode(
-    group: np.ndarray, score: np.ndarray, pose3d: np.ndarray, params: config.Ppi
-) -> tuple[np.ndarray, float]:
-    """(rows, mass) of the mode of the largest mass; group (n,), score (n,) falling, pose3d (n, 3, J)."""
-    free = np.ones(len(group), bool)
-    best, most = group[:1], 0.0
-    # The distances from the first centres spare most of those from later ones: by the triangle inequality a proposal
-    # near centre c is about as far from any other pose as c is.
-    pivots = np.empty((PIVOTS, len(group)), np.float32)
-    made = centre = 0
-    while free[centre] and (centre == 0 or score[centre] >= params.min_mode_score):
-        if made < PIVOTS:
-            pivots[made] = _distance(pose3d, pose3d[centre])
-            member = np.flatnonzero(pivots[made] < params.th_pose3D)
-        else:
-            maybe = np.flatnonzero(np.abs(pivots - pivots[:, centre, None]).max(0) < params.th_pose3D + ROUNDING)
-            member = maybe[_distance(pose3d[maybe], pose3d[centre]) < params.th_pose3D]
-        made += 1
-        mass = float(score[member].sum())
-        if mass > most:
-            best, most = group[member], mass
-        free[member] = free[centre] = False
-        centre = int(free.argmax())
-    return best, most
-
-
-def _distance(pose3d: np.ndarray, centre: np.ndarray) -> np.ndarray:
-    """(n,) mean distance of the joints between poses (n, 3, J) and one (3, J)."""
-    apart = pose3d - centre
-    np.multiply(apart, apart, out=apart)
-    square = apart[:, 0] + apart[:, 1]
-    square += apart[:, 2]
-    return np.sqrt(square, out=square).sum(1) / square.shape[1]
-
-
-def _overlap(pose2d: np.ndarray, size: tuple[int, int], params: config.Ppi, skeleton: Skeleton) -> Near:
-    """The test that `params.iou_func` names, on 2D poses (n, J, 2)."""
+def _overlap(pose2d: Tensor, size: Tensor, params: config.Ppi, skeleton: Skeleton) -> dict[str, Tensor]:
+    """What `ops.group_poses` needs for the test that `params.iou_func` names; pose2d (B, N, J, 2), size (B, 2)."""
     part = params.iou_func.removeprefix("bbox_").removesuffix("LR")
-    joints = _joints(part, skeleton)
+    joints = torch.from_numpy(_joints(part, skeleton)).to(pose2d.device)
     if params.iou_func.startswith("bbox"):
-        x1, y1, x2, y2 = _boxes(pose2d[:, joints], size).T
-        area = (x2 - x1) * (y2 - y1)
-
-        def boxes_overlap(rows: np.ndarray) -> np.ndarray:
-            c = rows[0]
-            width = np.minimum(x2[rows], x2[c]) - np.maximum(x1[rows], x1[c])
-            height = np.minimum(y2[rows], y2[c]) - np.maximum(y1[rows], y1[c])
-            both = np.maximum(width, 0) * np.maximum(height, 0)
-            return both > params.th_iou * (area[rows] + area[c] - both)
-
-        return boxes_overlap
-
+        return {"boxes": _boxes(pose2d.index_select(2, joints), size)}
     box = _boxes(pose2d, size)
-    limit = params.th_iou * 2 * (box[:, 2:] - box[:, :2]).max(1)
-    points = pose2d[:, joints]
-    swapped = pose2d[:, skeleton.mirror[joints]] if params.iou_func.endswith("LR") else None
-
-    def joints_near(rows: np.ndarray) -> np.ndarray:
-        c = rows[0]
-        apart = np.linalg.norm(points[rows] - points[c], axis=-1).mean(-1)
-        if swapped is not None:
-            apart = np.minimum(apart, np.linalg.norm(swapped[rows] - points[c], axis=-1).mean(-1))
-        return apart < limit[c]
-
-    return joints_near
+    given = {
+        "points": pose2d.index_select(2, joints),
+        "limit": params.th_iou * 2 * (box[..., 2:] - box[..., :2]).amax(-1),
+    }
+    if params.iou_func.endswith("LR"):
+        given["swapped"] = pose2d.index_select(2, torch.from_numpy(skeleton.mirror).to(joints.device)[joints])
+    return given
 
 
+@functools.cache
 def _joints(part: str, skeleton: Skeleton) -> np.ndarray:
     """The joints of a part of the body; the head's are those that are neither of the torso nor of a limb."""
     arms = skeleton.indices("r_wrist", "l_wrist", "r_elbow", "l_elbow")
@@ -210,8 +193,8 @@ def _joints(part: str, skeleton: Skeleton) -> np.ndarray:
     return parts.get(part, np.arange(len(skeleton)))
 
 
-def _boxes(points: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(n, 4) boxes round points (n, J, 2), as the module's docstring describes them."""
-    height, width = size
-    inside = np.clip(points, 0, np.array([width - 1, height - 1]))
-    return np.concatenate([inside.min(1), inside.max(1) + 1], 1)
+def _boxes(points: Tensor, size: Tensor) -> Tensor:
+    """(B, N, 4) float64 boxes round points (B, N, J, 2), as the module's docstring describes them; size (B, 2)."""
+    most = (size.flip(1) - 1)[:, None].to(points.dtype)
+    low, high = (torch.minimum(edge.clamp(min=0), most).double() for edge in (points.amin(2), points.amax(2)))
+    return torch.cat([low, high + 1], -1)

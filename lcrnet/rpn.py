@@ -51,11 +51,9 @@ class RPN(nn.Module):
         limit = sizes.to(boxes)[:, None, [1, 0, 1, 0]]
         boxes = torch.minimum(boxes.clamp(min=0), limit)
         big = ((boxes[..., 2:] - boxes[..., :2]) >= config.min_size).all(-1)
-        out = []
-        for box, score, keep in zip(boxes, top, big, strict=True):
-            box, score = box[keep], score[keep]
-            out.append(box[ops.nms(box, score, config.nms_iou, max_keep=post)])
-        return out
+        keep, count = ops.batched_nms(boxes, top.masked_fill(~big, -torch.inf), config.nms_iou, max_keep=post)
+        boxes = boxes.gather(1, keep.clamp(min=0)[..., None].expand(-1, -1, 4))
+        return [box[:kept] for box, kept in zip(boxes, count.tolist(), strict=True)]
 
     def loss(self, logits: Tensor, offsets: Tensor, anchors: Tensor, people: list[People]) -> dict[str, Tensor]:
         """Losses `rpn_class` and `rpn_box`. People with `crowd` are regions where nothing is learnt."""

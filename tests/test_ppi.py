@@ -223,11 +223,10 @@ def test_tensors_and_other_skeletons() -> None:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_late_mode_equals_the_slow_twin(seed: int) -> None:
-    """The best mode comes after more modes than there are pivots, where distances are first bounded; the poses lie on
-    a line, on which the bound is tight."""
+    """The best mode comes after ten of one proposal each; the poses lie on a line."""
     rng = np.random.default_rng(seed)
     proposals = scene(5, people=1, each=80)
-    alone = np.arange(80) < ppi.PIVOTS + 2
+    alone = np.arange(80) < 10
     proposals.score = np.where(alone, 0.9, rng.uniform(0.1, 0.2, 80)).astype(np.float32)
     along = np.where(alone, 10 * np.arange(80), rng.uniform(0, 2, 80) - 20).astype(np.float32)
     proposals.pose3d[:] = proposals.pose3d[0] + np.float32([0, 0.6, 0.8]) * along[:, None, None]
@@ -243,3 +242,37 @@ def test_twenty_thousand_proposals() -> None:
     start = time.process_time()
     assert ppi.integrate(proposals, SIZE, config.Ppi(), LCR13, UPPER_ONLY)
     assert time.process_time() - start < 1
+
+
+def same(a: list[pose.Person], b: list[pose.Person]) -> None:
+    assert len(a) == len(b)
+    for p, q in zip(a, b, strict=True):
+        for name, value in p.__dict__.items():
+            np.testing.assert_array_equal(value, getattr(q, name))
+
+
+@pytest.mark.parametrize("iou_func", ["bbox_torsohead", "torsoLR"])
+def test_a_batch_is_its_images(iou_func: str) -> None:
+    """Whatever their sizes and numbers of proposals, as arrays or tensors."""
+    params = STRICT.model_copy(update={"iou_func": iou_func})
+    scenes = [
+        scene(seed, people, each) for seed, people, each in ((0, 3, 20), (1, 0, 12), (2, 5, 9), (3, 1, 1), (4, 9, 30))
+    ]
+    sizes = [(240, 320), (10, 20), (100, 100), (480, 640), (320, 240)]
+    alone = [ppi.integrate(s, size, params, LCR13, UPPER_ONLY) for s, size in zip(scenes, sizes, strict=True)]
+    assert sum(map(len, alone)) > 5
+    tensors = [PoseProposals(*(torch.from_numpy(v) for v in s.__dict__.values())) for s in scenes]
+    for batch in (scenes, tensors):
+        for one, together in zip(alone, ppi.integrate_batch(batch, sizes, params, LCR13, UPPER_ONLY), strict=True):
+            same(one, together)
+    assert ppi.integrate_batch([], [], params) == []
+    assert ppi.integrate_batch([scenes[1]] * 2, sizes[:2], params) == [[], []]
+
+
+def test_a_crowd(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More people than room is made for at first."""
+    crowd = scene(8, 12)
+    every = ppi.integrate(crowd, SIZE, STRICT, LCR13, UPPER_ONLY)
+    assert len(every) > 3
+    monkeypatch.setattr(ppi, "MAX_PEOPLE", 3)
+    same(ppi.integrate(crowd, SIZE, STRICT, LCR13, UPPER_ONLY), every)
