@@ -71,8 +71,9 @@ def library(kind: str) -> Path:
 def build(
     kind: str, architectures: tuple[str, ...] | None = None, into: Path | None = None, quiet: bool = False
 ) -> Path:
-    """Compiles the library of `kind` into a folder of `into` (default `folder()`) and returns its path, at once if there.
-    architectures  for "cuda": compute capabilities such as ("8.0", "9.0"); default: the visible GPUs', else ARCHITECTURES
+    """Compiles the library of `kind` into a folder of `into` (default `folder()`), if it is not there -> its path.
+
+    architectures  for "cuda": compute capabilities, ("8.0", "9.0"); default: of the visible GPUs, else ARCHITECTURES
     """
     compiler = _compiler()
     toolkit = _toolkit() if kind == "cuda" else None

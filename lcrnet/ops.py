@@ -29,7 +29,7 @@ Size = int | tuple[int, int]
 
 def use_ext(kind: str) -> bool:
     """Whether the operators of ext/ run on devices of `kind`, "cpu" or "cuda"; the first call loads them and, if need
-    be, builds them. Raises ValueError for an unknown LCRNET_OPS, ext.build.BuildError where LCRNET_OPS=ext cannot be met.
+    be, builds them. Raises ValueError for an unknown LCRNET_OPS, ext.build.BuildError where LCRNET_OPS=ext fails.
     """
     return _use_ext(kind, os.environ.get("LCRNET_OPS", ""))
 
@@ -117,8 +117,8 @@ def batched_nms(
     group          (B, N) int64, a pyramid level or a class: boxes of different groups leave each other alone
 
     IoUs are float32 (float64 where boxes or scores are), operation by operation as torchvision's on a CPU, and so is
-    the outcome. A box that is not finite, or of no or negative size, neither drops another nor is dropped. No gradients.
-    On CUDA nothing waits for the device.
+    the outcome. A box that is not finite, or of no or negative size, neither drops another nor is dropped. No
+    gradients. On CUDA nothing waits for the device.
     """
     if not iou_threshold >= 0:
         raise ValueError(f"iou_threshold is at least 0, not {iou_threshold}")
