@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -78,23 +80,24 @@ def emulated() -> Any:
         build._version(command[0]),
         *(h.read_text(encoding="utf-8") for h in headers),
     ]
-    objects, broken = [], {}
-    with FileLock(folder / "lock", timeout=build.WAIT):
-        for source in [build.HERE / "schema.cpp", *sorted(cuda.glob("*.cu"))]:
-            text = source.read_text(encoding="utf-8")
-            to = folder / f"{source.stem}-{build._hash(json.dumps([*common, text]))}.o"
-            if not to.exists():
-                said = subprocess.run(
-                    [*command, "-x", "c++", "-c", source, "-o", f"{to}.part"],
-                    capture_output=True,
-                    text=True,
-                    check=False,
-                )
-                if said.returncode:
-                    broken[source.stem] = said.stderr[:2000]
-                    continue
-                Path(f"{to}.part").rename(to)
-            objects.append(to)
+
+    def compiled(source: Path) -> tuple[Path, str]:
+        """The object file and, where it does not compile, why."""
+        text = source.read_text(encoding="utf-8")
+        to = folder / f"{source.stem}-{build._hash(json.dumps([*common, text]))}.o"
+        if to.exists():
+            return to, ""
+        arguments = [*command, "-x", "c++", "-c", source, "-o", f"{to}.part"]
+        said = subprocess.run(arguments, capture_output=True, text=True, check=False)
+        if said.returncode == 0:
+            Path(f"{to}.part").rename(to)
+        return to, said.stderr[:2000] if said.returncode else ""
+
+    with FileLock(folder / "lock", timeout=build.WAIT), ThreadPoolExecutor(os.cpu_count()) as pool:
+        sources = [build.HERE / "schema.cpp", *sorted(cuda.glob("*.cu"))]
+        results = list(pool.map(compiled, sources))
+        objects = [to for to, fault in results if not fault]
+        broken = {source.stem: fault for source, (_, fault) in zip(sources, results, strict=True) if fault}
         library = folder / f"emulated-{build._hash(' '.join(o.name for o in objects))}.so"
         if not library.exists():
             link = [command[0], "-shared", *objects, "-o", f"{library}.part", f"-L{torch_home / 'lib'}"]
