@@ -39,6 +39,10 @@ def describe(namespace: str = "lcrnet") -> None:
     fake("roi_align", _roi_align)
     fake("roi_align_backward", _roi_align_backward)
     gradient("roi_align", _roi_align_save, _roi_align_gradient)
+    for name, back in (("roi_pool", _roi_pool_gradient), ("roi_crop", _roi_crop_gradient)):
+        fake(name, _one_map)
+        fake(f"{name}_backward", _one_map_backward)
+        gradient(name, _one_map_save, back)
     fake("nms", _nms)
     fake("group_poses", _group_poses)
 
@@ -77,6 +81,30 @@ def _roi_align_gradient(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     rois, level = ctx.saved_tensors
     maps = ops.roi_align_backward(grad, rois, level, ctx.scales, ctx.shape, *ctx.rest, ctx.last)
     return maps, *[None] * 8
+
+
+# roi_pool, roi_crop
+
+
+def _one_map(map: Tensor, rois: Tensor, scale: float, height: int, width: int, max_pool: bool = False) -> Tensor:
+    return _empty((rois.shape[0], map.shape[1], height, width), map, channels_last(map))
+
+
+def _one_map_backward(grad: Tensor, map: Tensor, rois: Tensor, scale: float, max_pool: bool = False) -> Tensor:
+    return _empty(map.shape, map, channels_last(map))
+
+
+def _one_map_save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    map, rois, ctx.scale, _, _, *ctx.rest = inputs
+    ctx.save_for_backward(map, rois)
+
+
+def _roi_pool_gradient(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return ops.roi_pool_backward(grad, *ctx.saved_tensors, ctx.scale), *[None] * 4
+
+
+def _roi_crop_gradient(ops: Any, ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return ops.roi_crop_backward(grad, *ctx.saved_tensors, ctx.scale, *ctx.rest), *[None] * 5
 
 
 # nms

@@ -73,3 +73,54 @@ ROI_HD bool roi_sample(const Axis<T>& a, int i, int64_t s, int cells, int& low, 
   at_low = T(1) - at_high;
   return true;
 }
+
+// RoIPool: a region along one axis, in whole cells. Its corners are rounded as C's round does, the last cell belongs to
+// it, and it is at least one cell large. In 64 bits: no box is too large.
+template <class T>
+struct Span {
+  int64_t start;  // first cell
+  T bin;          // width of a bin
+  bool valid;     // false: not finite, which gives zeros
+};
+
+template <class T>
+ROI_HD Span<T> roi_span(T low, T high, T scale, int bins) {
+  Span<T> s;
+  T first = std::round(low * scale), last = std::round(high * scale);
+  s.valid = first - first == T(0) && last - last == T(0);
+  const T most = T(int64_t(1) << 40);
+  first = !(first > -most) ? -most : first > most ? most : first;  // NaN too
+  last = !(last > -most) ? -most : last > most ? most : last;
+  s.start = int64_t(first);
+  int64_t extent = int64_t(last) - s.start + 1;
+  s.bin = T(extent < 1 ? 1 : extent) / T(bins);
+  return s;
+}
+
+// The cells [first, last) of bin `i` that are in the map.
+template <class T>
+ROI_HD void roi_cells(const Span<T>& s, int i, int cells, int& first, int& last) {
+  int64_t low = int64_t(std::floor(T(i) * s.bin)) + s.start, high = int64_t(std::ceil(T(i + 1) * s.bin)) + s.start;
+  first = int(low < 0 ? 0 : low > cells ? cells : low);
+  last = int(high < 0 ? 0 : high > cells ? cells : high);
+}
+
+// RoICrop: point `i` of `points` from `low` to `high`, both included (one point: the middle) -> the cells it lies between
+// and their weights. Returns how many of them are in the map; none for a point that is not finite.
+template <class T>
+ROI_HD int roi_point(T low, T high, T scale, int i, int points, int cells, int* at, T* weight) {
+  T share = points > 1 ? T(i) / T(points - 1) : T(0.5);
+  T x = low * scale + (high - low) * scale * share;
+  if (!(x > T(-1) && x < T(cells))) return 0;
+  T floor = std::floor(x);
+  int cell = int(floor), n = 0;
+  if (cell >= 0) {
+    at[n] = cell;
+    weight[n++] = T(1) - (x - floor);
+  }
+  if (cell + 1 < cells && x > floor) {
+    at[n] = cell + 1;
+    weight[n++] = x - floor;
+  }
+  return n;
+}

@@ -18,13 +18,12 @@ DEFINE(LIBRARY, m) {
       "roi_align_backward(Tensor grad, Tensor rois, Tensor? level, float[] scales, SymInt[] shape, int height, "
       "int width, int sampling_ratio, bool aligned, int step, bool channels_last) -> Tensor[]");
 
-  m.def("roi_pool(Tensor map, Tensor rois, float scale, int height, int width) -> (Tensor, Tensor)");
-  m.def("roi_pool_backward(Tensor grad, Tensor argmax, Tensor rois, SymInt[] shape, bool channels_last) -> Tensor");
+  // their backward passes look for maxima in the map again: cheaper than writing and reading where they were
+  m.def("roi_pool(Tensor map, Tensor rois, float scale, int height, int width) -> Tensor");
+  m.def("roi_pool_backward(Tensor grad, Tensor map, Tensor rois, float scale) -> Tensor");
 
-  m.def("roi_crop(Tensor map, Tensor rois, float scale, int height, int width, bool max_pool) -> (Tensor, Tensor)");
-  m.def(
-      "roi_crop_backward(Tensor grad, Tensor argmax, Tensor rois, float scale, SymInt[] shape, int height, int width, "
-      "bool max_pool, bool channels_last) -> Tensor");
+  m.def("roi_crop(Tensor map, Tensor rois, float scale, int height, int width, bool max_pool) -> Tensor");
+  m.def("roi_crop_backward(Tensor grad, Tensor map, Tensor rois, float scale, bool max_pool) -> Tensor");
 
   m.def(
       "nms(Tensor boxes, Tensor scores, Tensor? group, float iou_threshold, SymInt max_keep) -> (Tensor, Tensor)");

@@ -183,7 +183,8 @@ def load(file: str | os.PathLike[str]) -> AnchorPoses:
         return _from_json(data, str(file))
     if data[:1] not in (b"\x80", b"("):
         raise UserError(f"{file}: neither anchor poses as JSON nor a released .pkl file")
-    return _from_bundle(unpickle.load(data, str(file)), str(file))
+    bundle = unpickle.load(data, str(file))
+    return from_flat(bundle.get("anchor_poses") if isinstance(bundle, dict) else bundle, str(file))
 
 
 def _usable(people: People) -> tuple[np.ndarray, np.ndarray]:
@@ -247,9 +248,8 @@ def _array(row: dict[str, Any], field: str, shape: tuple[int, ...], where: str) 
     return value
 
 
-def _from_bundle(bundle: Any, file: str) -> AnchorPoses:
-    """`anchor_poses` (K, 5 J) of a released file: J x's and y's (box units), J X's, Y's, Z's (metres, x left, y up)."""
-    flat = bundle.get("anchor_poses") if isinstance(bundle, dict) else None
+def from_flat(flat: Any, file: str) -> AnchorPoses:
+    """Those of a released file, (K, 5 J): J x's and y's (box units), J X's, Y's, Z's (metres, x left, y up)."""
     skeleton = LCR13
     width = 5 * len(skeleton)
     if not isinstance(flat, np.ndarray) or flat.ndim != 2 or flat.shape[1] != width or not len(flat):
@@ -257,10 +257,14 @@ def _from_bundle(bundle: Any, file: str) -> AnchorPoses:
         raise UserError(f"{file}: anchor_poses: expected an array of K x {width} numbers, found {found}")
     if flat.dtype.kind != "f" or not np.isfinite(flat).all():
         raise UserError(f"{file}: anchor_poses: expected finite numbers")
-    values = flat.astype(np.float32).reshape(len(flat), 5, -1).transpose(0, 2, 1)
+    return from_joints(flat.astype(np.float32).reshape(len(flat), 5, -1).transpose(0, 2, 1), skeleton)
+
+
+def from_joints(values: np.ndarray, skeleton: Skeleton = LCR13) -> AnchorPoses:
+    """From (K, J, 5): x, y (box units), X, Y, Z (metres, x left, y up), which is how DOPE has them."""
     pose2d = np.ascontiguousarray(values[..., :2])
     pose3d = np.ascontiguousarray(values[..., 2:] * np.array([-1, -1, 1], np.float32))
-    anchors = AnchorPoses(pose2d, pose3d, np.zeros(len(flat), bool), skeleton)
+    anchors = AnchorPoses(pose2d, pose3d, np.zeros(len(values), bool), skeleton)
     # How far legs reach out of the box. Of the anchors that share a 3D pose, those round the upper body have it much
     # larger (by 1.2 and more in the released files, where all else is alike), whatever the pose.
     legs = pose2d[:, skeleton.lower]

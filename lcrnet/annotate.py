@@ -30,7 +30,7 @@ from lcrnet.pose import Person
 DETECTION: dict[str, tuple[str, ...]] = {
     "image": ("short_side", "max_side"),
     "rpn": ("nms_iou", "pre_nms", "post_nms", "min_size"),
-    "head": ("score_floor", "passes"),
+    "head": ("score_floor", "at_least", "passes"),
     "ppi": ("th_pose3D", "th_iou", "iou_func", "min_mode_score", "th_persondetect"),
 }
 """The fields that may differ from those a model was trained with: they change what it finds, not what it is."""

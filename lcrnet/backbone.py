@@ -1,7 +1,13 @@
-"""Bodies (image -> feature maps) and their box heads (pooled region -> vector): ResNet C4, and a tiny one for CPUs.
+"""Bodies (image -> feature maps) and box heads (pooled region -> vector), on torchvision's networks.
 
-A body maps (B, 3, H, W) normalised images to {stride: (B, C, H / stride, W / stride)}; `rpn_stride` and `roi_stride`
-name the maps that the region proposal network and the pooling of regions read. A head maps (R, C, S, S) to (R, D).
+A body maps (B, 3, H, W) normalised images to {stride: (B, C, H / stride, W / stride)}; `rpn_strides` and `roi_strides`
+name the maps that the region proposal network and the pooling of regions read, finest first. A head maps (R, C, S, S)
+to (R, D).
+
+    c4      conv1 to conv4 of a ResNet or ResNeXt, stride 16; VGG16 to conv5_3, stride 16
+    c5      conv1 to conv5, stride 32, or 16 where conv5 is dilated (`dilate_c5`)
+    fpn     feature pyramid (Lin et al., CVPR 2017): P2 to P5 for regions, P2 to P6 for proposals
+    fpn_p2  the same pyramid, of which only P2 is used
 """
 
 from __future__ import annotations
@@ -11,12 +17,29 @@ from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torchvision.models import resnet
+from torchvision.models import resnet, vgg
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcrnet.config import Model
 
 Norm = Callable[[int], nn.Module]
+
+RESNETS: dict[str, tuple[type[resnet.BasicBlock | resnet.Bottleneck], tuple[int, ...], int, int]] = {
+    "resnet18": (resnet.BasicBlock, (2, 2, 2, 2), 1, 64),
+    "resnet34": (resnet.BasicBlock, (3, 4, 6, 3), 1, 64),
+    "resnet50": (resnet.Bottleneck, (3, 4, 6, 3), 1, 64),
+    "resnet101": (resnet.Bottleneck, (3, 4, 23, 3), 1, 64),
+    "resnet152": (resnet.Bottleneck, (3, 8, 36, 3), 1, 64),
+    "resnext101_32x8d": (resnet.Bottleneck, (3, 4, 23, 3), 32, 8),
+    "resnext101_64x4d": (resnet.Bottleneck, (3, 4, 23, 3), 64, 4),
+    "resnext152_32x8d": (resnet.Bottleneck, (3, 8, 36, 3), 32, 8),
+}
+"""Block, blocks of each stage, groups, width of a group."""
+
+PYRAMID = 256
+"""Channels of the maps of a feature pyramid."""
 
 
 def build(config: Model) -> tuple[Body, nn.Module, int]:
@@ -24,46 +47,128 @@ def build(config: Model) -> tuple[Body, nn.Module, int]:
     if config.backbone == "tiny":
         body: Body = TinyBody()
         return body, TinyHead(body.roi_channels, config.roi_size), TinyHead.width
-    norm = group_norm if config.norm == "gn" else FrozenBatchNorm2d
-    net = getattr(resnet, config.backbone)(norm_layer=norm)
-    return ResNetC4(net, config.freeze), Res5Head(net, config.roi_size), net.fc.in_features
+    if config.backbone == "vgg16":
+        body = VGG16Body(config.freeze)
+    else:
+        net = _resnet(config)
+        body = ResNetBody(net, config)
+    if config.head == "res5":
+        return body, Res5Head(net.layer4, config), net.fc.in_features
+    if config.head == "2mlp":
+        return body, MLPHead(body.roi_channels, config.roi_size, config.head_width), config.head_width
+    return body, ConvHead(body.roi_channels, config), config.head_width
+
+
+def _resnet(config: Model) -> resnet.ResNet:
+    block, blocks, groups, width = RESNETS[config.backbone]
+    norm: Norm = group_norm32 if config.norm == "gn" else FrozenBatchNorm2d
+    net = resnet.ResNet(
+        block, list(blocks), groups=groups, width_per_group=width, norm_layer=norm,
+        replace_stride_with_dilation=[False, False, config.dilate_c5],
+    )  # fmt: skip
+    if config.stride_in_1x1:
+        for module in net.modules():
+            if isinstance(module, resnet.Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, module.conv1.stride
+        if config.dilate_c5:  # the first 3x3 as well: it would have come after the stride
+            first = cast(resnet.Bottleneck, net.layer4[0]).conv2
+            first.dilation = first.padding = (2, 2)
+    return net
 
 
 class Body(nn.Module):
     """What all bodies have."""
 
-    rpn_stride: int
-    roi_stride: int
+    rpn_strides: tuple[int, ...]
+    roi_strides: tuple[int, ...]
     rpn_channels: int
     roi_channels: int
 
 
-class ResNetC4(Body):
-    """conv1 to conv4 of a ResNet: one map of stride 16 for proposals and regions alike."""
+class ResNetBody(Body):
+    """conv1 to conv4 or conv5 of a ResNet, with or without a feature pyramid on top."""
 
-    rpn_stride = roi_stride = 16
-
-    def __init__(self, net: resnet.ResNet, freeze: int):
+    def __init__(self, net: resnet.ResNet, config: Model):
         super().__init__()
         self.conv1, self.bn1 = net.conv1, net.bn1
         self.layer1, self.layer2, self.layer3 = net.layer1, net.layer2, net.layer3
-        self.rpn_channels = self.roi_channels = net.layer4[0].conv1.in_channels
-        stem = nn.ModuleList([net.conv1, net.bn1])
-        for part in [stem, net.layer1, net.layer2, net.layer3][:freeze]:
+        stages = [nn.ModuleList([net.conv1, net.bn1]), net.layer1, net.layer2, net.layer3]
+        width = net.fc.in_features  # of conv5; half of it of conv4, and so on
+        if config.body == "c4":
+            self.roi_strides = self.rpn_strides = (16,)
+            width //= 2
+        else:
+            self.layer4 = net.layer4
+            stages.append(net.layer4)
+            self.roi_strides = self.rpn_strides = (16 if config.dilate_c5 else 32,)
+        if config.body in ("fpn", "fpn_p2"):
+            inputs = [width // 8, width // 4, width // 2, width]
+            norm = group_norm32 if config.norm == "gn" else None
+            self.fpn = FeaturePyramidNetwork(inputs, PYRAMID, LastLevelMaxPool(), norm)
+            self.roi_strides, self.rpn_strides = (4, 8, 16, 32), (4, 8, 16, 32, 64)
+            if config.body == "fpn_p2":
+                self.roi_strides = self.rpn_strides = (4,)
+                self.fpn.layer_blocks[1:].requires_grad_(False)  # of P3 to P5, which nobody reads
+            width = PYRAMID
+        self.rpn_channels = self.roi_channels = width
+        for part in stages[: config.freeze]:
             part.requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
         x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
-        return {self.roi_stride: self.layer3(self.layer2(self.layer1(x)))}
+        c2 = self.layer1(x)
+        c3 = self.layer2(c2)
+        c4 = self.layer3(c3)
+        if not hasattr(self, "layer4"):
+            return {16: c4}
+        c5 = self.layer4(c4)
+        if not hasattr(self, "fpn"):
+            return {self.roi_strides[0]: c5}
+        if self.rpn_strides == (4,):
+            return {4: self._finest([c2, c3, c4, c5])}
+        maps = self.fpn({"4": c2, "8": c3, "16": c4, "32": c5})
+        maps["64"] = maps.pop("pool")
+        return {int(stride): map for stride, map in maps.items()}
+
+    def _finest(self, maps: list[Tensor]) -> Tensor:
+        """P2 of the pyramid, without the convolutions that end P3 to P5."""
+        top = self.fpn.inner_blocks[3](maps[3])
+        for inner, map in reversed(list(zip(self.fpn.inner_blocks[:3], maps[:3], strict=True))):
+            top = inner(map) + F.interpolate(top, size=map.shape[-2:], mode="nearest")
+        return cast(Tensor, self.fpn.layer_blocks[0](top))
+
+
+class VGG16Body(Body):
+    """The convolutions of VGG16 but for the last pooling (Simonyan and Zisserman, ICLR 2015): stride 16."""
+
+    rpn_strides = roi_strides = (16,)
+    rpn_channels = roi_channels = 512
+    STAGES = (5, 10, 17, 24)  # where the poolings end: a stage is what lies between
+
+    def __init__(self, freeze: int):
+        super().__init__()
+        self.features = vgg.make_layers(vgg.cfgs["D"])[:-1]
+        self.features.apply(_initialise)
+        for layer in self.features[: (0, *self.STAGES, len(self.features))[freeze]]:
+            layer.requires_grad_(False)
+
+    def forward(self, images: Tensor) -> dict[int, Tensor]:
+        return {16: self.features(images)}
 
 
 class Res5Head(nn.Module):
-    """conv5 of a ResNet on the pooled region, then its mean. The stride goes with the pooling: 14 bins 2, 7 bins 1."""
+    """conv5 of a ResNet on the pooled region, then its mean.
 
-    def __init__(self, net: resnet.ResNet, roi_size: int):
+    From 14 bins it goes with stride 2. Where that stride is in the first 1x1 convolutions (`stride_in_1x1`), these
+    read every other bin only: `step` 2 tells RoIAlign to make no others, and the stride is gone from here.
+    """
+
+    def __init__(self, layer4: nn.Sequential, config: Model):
         super().__init__()
-        self.layer4 = net.layer4
-        if roi_size < 14:
+        self.layer4 = layer4
+        stride = config.res5_stride or (2 if config.roi_size >= 14 else 1)
+        self.step = stride if config.stride_in_1x1 else 1
+        if stride == 1 or self.step == 2:
             for module in self.layer4[0].modules():
                 if isinstance(module, nn.Conv2d):
                     module.stride = (1, 1)
@@ -72,10 +177,42 @@ class Res5Head(nn.Module):
         return cast(Tensor, self.layer4(pooled).mean((-2, -1)))
 
 
+class MLPHead(nn.Module):
+    """Two fully connected layers."""
+
+    def __init__(self, channels: int, roi_size: int, width: int):
+        super().__init__()
+        self.fc1 = nn.Linear(channels * roi_size**2, width)
+        self.fc2 = nn.Linear(width, width)
+        self.apply(_initialise)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.relu(self.fc2(F.relu(self.fc1(pooled.flatten(1)))))
+
+
+class ConvHead(nn.Module):
+    """`head_convs` 3x3 convolutions and a fully connected layer (Wu and He, Group Normalization, ECCV 2018)."""
+
+    def __init__(self, channels: int, config: Model):
+        super().__init__()
+        grouped = config.norm == "gn"
+        layers: list[nn.Module] = []
+        for _ in range(config.head_convs):
+            layers.append(nn.Conv2d(channels, PYRAMID, 3, padding=1, bias=not grouped))
+            layers += [group_norm32(PYRAMID), nn.ReLU()] if grouped else [nn.ReLU()]
+            channels = PYRAMID
+        self.convs = nn.Sequential(*layers)
+        self.fc = nn.Linear(channels * config.roi_size**2, config.head_width)
+        self.apply(_initialise)
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return F.relu(self.fc(self.convs(pooled).flatten(1)))
+
+
 class TinyBody(Body):
     """A body of 2.0 M parameters for drawings and tests: proposals at stride 8, regions at stride 4 after a merge."""
 
-    rpn_stride, roi_stride = 8, 4
+    rpn_strides, roi_strides = (8,), (4,)
     rpn_channels, roi_channels = 96, 64
 
     def __init__(self) -> None:
@@ -141,6 +278,24 @@ class Residual(nn.Module):
 def group_norm(channels: int) -> nn.GroupNorm:
     """GroupNorm in 32 groups (Wu and He, ECCV 2018), in groups of 16 where there are fewer than 512 channels."""
     return nn.GroupNorm(32 if channels >= 512 else max(channels // 16, 1), channels)
+
+
+def group_norm32(channels: int) -> nn.GroupNorm:
+    """GroupNorm in 32 groups, whatever the channels (Wu and He, ECCV 2018)."""
+    return nn.GroupNorm(32, channels)
+
+
+def _initialise(layer: nn.Module) -> None:
+    """Detectron's MSRAFill for convolutions, its XavierFill for layers (uniform of variance 1 / inputs), biases 0.
+
+    The bodies of torchvision start like that; its nn.Linear, of a third of that variance, does not.
+    """
+    if isinstance(layer, nn.Conv2d):
+        nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+    elif isinstance(layer, nn.Linear):
+        nn.init.kaiming_uniform_(layer.weight, a=1)
+    if isinstance(layer, (nn.Conv2d, nn.Linear)) and layer.bias is not None:
+        nn.init.zeros_(layer.bias)
 
 
 def _to_size_of(x: Tensor, like: Tensor) -> Tensor:

@@ -43,21 +43,65 @@ Floats = tuple[Positive, ...]
 class Model(Section):
     """The network."""
 
-    backbone: Literal["tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152"] = Field(
-        "resnet50", description="body and box head; resnetN is C4 (conv1-4, head res5), tiny is for CPUs"
+    backbone: Literal[
+        "tiny", "resnet18", "resnet34", "resnet50", "resnet101", "resnet152", "resnext101_32x8d", "resnext101_64x4d",
+        "resnext152_32x8d", "vgg16",
+    ] = Field("resnet50", description="the network that features come from; tiny is for CPUs")  # fmt: skip
+    body: Literal["c4", "c5", "fpn", "fpn_p2"] = Field(
+        "c4", description="its stages 1-4, 1-5, or all with a feature pyramid, or with the finest map of one"
     )
+    head: Literal["res5", "2mlp", "conv"] = Field(
+        "res5", description="box head: stage 5 (of body c4), two layers, or convolutions and a layer"
+    )
+    head_width: Count = Field(1024, description="width of the layers of heads 2mlp and conv")
+    head_convs: Count = Field(4, description="convolutions of head conv")
     norm: Literal["frozen_bn", "gn"] = Field("frozen_bn", description="frozen_bn needs pretrained weights, gn does not")
-    freeze: int = Field(2, ge=0, le=4, description="stages kept fixed, from the image on (0 trains everything)")
+    freeze: int = Field(2, ge=0, le=5, description="stages kept fixed, from the image on (0 trains everything)")
+    stride_in_1x1: bool = Field(
+        False, description="where a stage's stride is: its first 1x1 convolution (Caffe, Detectron) or its 3x3"
+    )
+    res5_stride: int = Field(0, ge=0, le=2, description="stride of head res5; 0: 2 from 14 bins on, else 1")
+    dilate_c5: bool = Field(False, description="stage 5 dilated in place of its stride (body c5)")
+    pool: Literal["align", "pool", "crop", "crop_max"] = Field(
+        "align", description="how a region is pooled: RoIAlign, RoIPool, RoICrop, RoICrop with max pooling"
+    )
+    aligned: bool = Field(True, description="RoIAlign takes off half a cell; false is Detectron's first convention")
     roi_size: Count = Field(7, description="bins a side of the pooled features of a region")
     sampling_ratio: int = Field(2, ge=0, description="RoIAlign samples a side of a bin; 0 adapts to the region")
     shared_regressor: bool = Field(False, description="add one regressor for all anchor poses to those of each")
+
+    @model_validator(mode="after")
+    def _possible(self) -> Model:
+        if self.backbone == "tiny":
+            return self
+        if self.backbone == "vgg16" and (self.body != "c4" or self.head == "res5" or self.norm == "gn"):
+            raise ValueError("backbone vgg16 goes with body: c4, head: 2mlp or conv, norm: frozen_bn")
+        if self.head == "res5" and self.body != "c4":
+            raise ValueError(f"head res5 is stage 5 again, so body {self.body} needs head: 2mlp or conv")
+        if self.stride_in_1x1 and self.backbone in ("resnet18", "resnet34"):
+            raise ValueError(f"{self.backbone} has no 1x1 convolution that stride_in_1x1 could mean")
+        if self.dilate_c5 and (self.body != "c5" or self.backbone in ("resnet18", "resnet34")):
+            raise ValueError("dilate_c5 is for body: c5 of a ResNet-50 or larger")
+        if self.pool != "align" and self.body == "fpn":
+            raise ValueError("a pyramid (body: fpn) is pooled with pool: align")
+        return self
+
+    @property
+    def rpn_levels(self) -> int:
+        """Maps that proposals come from."""
+        return 5 if self.body == "fpn" and self.backbone != "tiny" else 1
 
 
 class Rpn(Section):
     """The region proposal network."""
 
-    sizes: Floats = Field((32, 64, 128, 256, 512), description="sides of the anchor boxes, pixels of the resized image")
+    sizes: Floats = Field(
+        (32, 64, 128, 256, 512), description="sides of the anchor boxes, resized pixels; one a level of a pyramid"
+    )
     ratios: Floats = Field((0.5, 1, 2), description="height / width of the anchor boxes")
+    convention: Literal["exact", "detectron", "torchvision"] = Field(
+        "exact", description="whose rounding of anchor boxes and borders of boxes: what the weights had"
+    )
     nms_iou: Share = Field(0.7, description="overlap above which the weaker proposal is dropped")
     pre_nms: Count = Field(6000, description="proposals before NMS when detecting")
     post_nms: Count = Field(1000, description="proposals after NMS when detecting")
@@ -85,7 +129,8 @@ class Head(Section):
     class_weight: NonNegative = Field(1, description="weight of the class loss")
     weight2d: NonNegative = Field(1, description="weight of the 2D loss")
     weight3d: NonNegative = Field(1, description="weight of the 3D loss")
-    score_floor: Share = Field(0.005, description="(region, anchor pose) pairs below it are never decoded")
+    score_floor: Share = Field(0.005, description="(region, anchor pose) pairs below it are not decoded ...")
+    at_least: int = Field(0, ge=0, description="... but so many an image are, the best: 500 in LCR-Net's first code")
     passes: int = Field(1, ge=1, le=3, description="2: the boxes of the poses found go through the head once more")
 
 
@@ -107,6 +152,10 @@ class Image(Section):
 
     short_side: Count = Field(800, description="images are resized to this short side ...")
     max_side: Count = Field(1333, description="... unless the long side would pass this")
+    resize: Literal["area", "detectron", "torchvision"] = Field(
+        "area", description="area averages when shrinking; the others are what weights from there were trained with"
+    )
+    multiple: Count = Field(16, description="images are padded to whole multiples of this, for batches of one shape")
     mean: tuple[float, float, float] = Field((0.485, 0.456, 0.406), description="RGB mean, of values in 0..1")
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
@@ -150,7 +199,7 @@ class Train(Section):
     workers: Count = Field(1, description="processes that train together")
     gpu: bool = Field(False, description="each on a GPU of its own")
     threads: int = Field(0, ge=0, description="CPU threads of each; 0 = the cores it was given")
-    init: str | None = Field(None, description="model folder to start from")
+    init: str | None = Field(None, description="model folder, or file of other people's weights, to start from")
     save_every: Count = Field(1000, description="steps between checkpoints")
     log_every: Count = Field(20, description="steps between lines and TensorBoard scalars")
     keep: Count = Field(2, description="checkpoints kept")
@@ -229,6 +278,8 @@ class Config(Section):
     def _possible(self) -> Config:
         if self.train.batch % self.train.workers:
             raise ValueError(f"train.batch {self.train.batch} is not divisible by train.workers {self.train.workers}")
+        if self.model.rpn_levels > 1 and len(self.rpn.sizes) != self.model.rpn_levels:
+            raise ValueError(f"rpn.sizes: a pyramid needs {self.model.rpn_levels} sizes, one a level")
         if self.rpn.negative_iou > self.rpn.positive_iou:
             raise ValueError(f"rpn.negative_iou {self.rpn.negative_iou} is above rpn.positive_iou")
         if self.image.max_side < self.image.short_side:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -110,9 +110,12 @@ def augment(
     """The sample of an image (H, W, 3) uint8 and its people: resized, perhaps mirrored, perhaps recoloured."""
     rng = np.random.default_rng([config.train.seed, key.position])
     size = config.image
-    pixels, scale = image.resize(pixels, round(size.short_side * key.scale), round(size.max_side * key.scale))
+    short, longest = round(size.short_side * key.scale), round(size.max_side * key.scale)
+    pixels, factor = image.resize(pixels, short, longest, size.resize)
+    scale = factor.astype(np.float32)
     people = people.copy()
-    people.box, people.pose2d, people.area = people.box * scale, people.pose2d * scale, people.area * scale**2
+    people.box, people.pose2d = people.box * np.tile(scale, 2), people.pose2d * scale
+    people.area = people.area * scale.prod()
     if rng.random() < config.data.flip:
         # About the middle of the pixels there are: coordinates are exact, only the border is rounded to whole pixels.
         width = pixels.shape[1]
@@ -132,6 +135,8 @@ def recolour(pixels: np.ndarray, rng: np.random.Generator, amount: float) -> np.
     """Random brightness, contrast and balance of the colours, each at most `amount` away from 1."""
     gain = rng.uniform(1 - amount, 1 + amount) * rng.uniform(1 - amount / 2, 1 + amount / 2, 3)
     shift = rng.uniform(-amount, amount) * 64
+    if pixels.dtype != np.uint8:
+        return np.clip(pixels * gain + shift, 0, 255).astype(pixels.dtype)
     table = np.clip(np.arange(256)[:, None] * gain + shift, 0, 255).astype(np.uint8)
     return cv2.LUT(pixels, table[None])
 
@@ -169,9 +174,9 @@ class Steps(Sampler[list[Key]]):
             ]
 
 
-def collate(samples: list[Sample]) -> Batch:
+def collate(samples: list[Sample], multiple: int) -> Batch:
     """Samples -> one padded batch; people become tensors."""
-    pixels, sizes = image.stack([s.image for s in samples])
+    pixels, sizes = image.stack([s.image for s in samples], multiple)
     return Batch(pixels, sizes, [s.people.tensors() for s in samples], [s.id for s in samples])
 
 
@@ -184,7 +189,7 @@ def loader(dataset: PoseDataset, rank: int, world: int, start: int) -> Iterator[
         cast(Dataset[Any], dataset),
         batch_sampler=Steps(config, len(dataset), rank, world, start),
         num_workers=count,
-        collate_fn=collate,
+        collate_fn=partial(collate, multiple=config.image.multiple),
         pin_memory=config.train.gpu,
         worker_init_fn=_quiet,
         **options,

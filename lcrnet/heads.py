@@ -162,10 +162,19 @@ class PosePredictor(nn.Module):
         has3d = regions.seen3d[person].sum(1, keepdim=True) > 0
         return torch.where(has3d, share, alone)
 
-    def decode(self, logits: Tensor, refined: Tensor, roi: Tensor, images: int, floor: float) -> list[PoseProposals]:
-        """The pose proposals of each image: (region, anchor pose) pairs with a probability above `floor`."""
+    def decode(
+        self, logits: Tensor, refined: Tensor, roi: Tensor, images: int, floor: float, at_least: int = 0
+    ) -> list[PoseProposals]:
+        """The pose proposals of each image: (region, anchor pose) pairs with a probability above `floor`, and of those
+        below it the best, until there are `at_least` so many.
+        """
         score = logits.softmax(-1)[:, 1:]
-        region, anchor = (score > floor).nonzero(as_tuple=True)
+        likely = score > floor
+        if at_least and len(score):
+            for b in range(images):
+                here = torch.where(roi[:, :1] == b, score, -1)
+                likely |= (here >= here.flatten().topk(min(at_least, here.numel())).values[-1:]) & (here >= 0)
+        region, anchor = likely.nonzero(as_tuple=True)
         image, box = roi[region, 0], roi[region, 1:]
         delta = refined[region, anchor]
         pose2d = out_of_box(self.anchor2d[anchor] + delta[..., :2], box)

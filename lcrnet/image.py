@@ -171,37 +171,52 @@ def _opened(data: bytes, max_pixels: int) -> Iterator[Image.Image]:
         raise Unreadable(f"broken image: {' '.join(str(error).split()) or type(error).__name__}"[:200]) from None
 
 
-def resize(image: np.ndarray, short_side: int, max_side: int) -> tuple[np.ndarray, float]:
-    """(H, W, C) uint8 -> (the image times `scale`, scale), so that its short side is `short_side`, unless the long side
-    would pass `max_side`.
+def resize(image: np.ndarray, short_side: int, max_side: int, rule: str = "area") -> tuple[np.ndarray, np.ndarray]:
+    """(H, W, 3) uint8 -> (the image times `scale`, scale (2,) along x and y), so that its short side is `short_side`,
+    unless the long side would pass `max_side`.
 
     Continuous pixel coordinates (the corner of the image is 0, 0) times `scale` are those of the result exactly; only
-    its border is rounded to whole pixels, and no side below 1. Linear when enlarging, area average when shrinking.
+    its border is rounded to whole pixels, and no side below 1.
+
+    rule  area: linear when enlarging, area average when shrinking, uint8
+          detectron: always linear, float32 (prep_im_for_blob there)
+          torchvision: always linear, float32, sides rounded down, with a factor each (GeneralizedRCNNTransform)
     """
     height, width = image.shape[:2]
     scale = min(short_side / min(height, width), max_side / max(height, width))
+    if rule == "torchvision":
+        size = max(1, int(height * scale)), max(1, int(width * scale))
+        planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
+        out = torch.nn.functional.interpolate(planes, size, mode="bilinear", align_corners=False)
+        return out[0].permute(1, 2, 0).numpy(), np.array([size[1] / width, size[0] / height])
+    if rule == "detectron":
+        image = image.astype(np.float32)
+        scale = short_side / min(height, width)
+        if np.round(scale * max(height, width)) > max_side:
+            scale = max_side / max(height, width)
+    both = np.array([scale, scale])
     if scale == 1:
-        return image, 1.0
-    how = cv2.INTER_LINEAR if scale > 1 else cv2.INTER_AREA
+        return image, both
+    how = cv2.INTER_AREA if scale < 1 and rule == "area" else cv2.INTER_LINEAR
     if min(height, width) * scale < 1:
         size = max(1, round(width * scale)), max(1, round(height * scale))
-        return cv2.resize(image, size, interpolation=how), scale
+        return cv2.resize(image, size, interpolation=how), both
     # By factor, not by size: OpenCV would take size / old size for the factor, a different one for each axis.
-    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), scale
+    return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), both
 
 
-def padded(size: Sequence[int], multiple: int = 16) -> tuple[int, ...]:
+def padded(size: Sequence[int], multiple: int) -> tuple[int, ...]:
     """Sides rounded up to whole multiples of the network's stride."""
     return tuple(-(-side // multiple) * multiple for side in size)
 
 
-def stack(images: Sequence[np.ndarray]) -> tuple[torch.Tensor, torch.Tensor]:
-    """Images (H, W, 3) uint8 -> one batch (B, 3, H', W') uint8, padded with 0 on the right and below (`padded`), and
-    their sizes (B, 2) int64 (height, width).
+def stack(images: Sequence[np.ndarray], multiple: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Images (H, W, 3) of one type -> one batch (B, 3, H', W') of it, padded with 0 on the right and below (`padded`),
+    and their sizes (B, 2) int64 (height, width).
     """
     sizes = torch.tensor([image.shape[:2] for image in images])
-    height, width = padded(sizes.max(0).values.tolist())
-    batch = torch.zeros(len(images), height, width, 3, dtype=torch.uint8)
+    height, width = padded(sizes.max(0).values.tolist(), multiple)
+    batch = torch.zeros(len(images), height, width, 3, dtype=torch.from_numpy(images[0][:0]).dtype)
     for slot, image in zip(batch, images, strict=True):
         slot[: image.shape[0], : image.shape[1]] = torch.from_numpy(image)
     return batch.permute(0, 3, 1, 2), sizes

@@ -18,7 +18,7 @@ from lcrnet.anchors import AnchorPoses
 from lcrnet.config import Config
 from lcrnet.heads import PosePredictor
 from lcrnet.pose import People, Person, PoseProposals, box_of
-from lcrnet.rpn import RPN
+from lcrnet.rpn import RPN, levels
 from lcrnet.skeleton import Skeleton
 
 
@@ -37,7 +37,7 @@ class LCRNet(nn.Module):
         super().__init__()
         self.config, self.anchors = config, anchors
         self.body, self.box_head, width = backbone.build(config.model)
-        self.rpn = RPN(self.body.rpn_channels, self.body.rpn_stride, config.rpn)
+        self.rpn = RPN(self.body.rpn_channels, self.body.rpn_strides, config.rpn)
         self.predictor = PosePredictor(width, anchors, config.model.shared_regressor)
         self.register_buffer("mean", torch.tensor(config.image.mean).view(1, 3, 1, 1) * 255, persistent=False)
         self.register_buffer("std", torch.tensor(config.image.std).view(1, 3, 1, 1) * 255, persistent=False)
@@ -54,9 +54,11 @@ class LCRNet(nn.Module):
         With people (tensors, pixels of these images): the losses, a dict of scalars. Without: B pose proposals.
         """
         features = self.body(self._normalise(images, sizes))
-        logits, offsets, anchors = self.rpn(features[self.body.rpn_stride])
-        proposals = self.rpn.propose(logits, offsets, anchors, sizes, train=people is not None)
-        pooled_from = features[self.body.roi_stride]
+        logits, offsets, anchors, counts = self.rpn([features[s] for s in self.body.rpn_strides])
+        # Detectron clips to the padded image.
+        within = torch.full_like(sizes, 0) + sizes.new_tensor(images.shape[-2:]) if self._detectron else sizes
+        proposals = self.rpn.propose(logits, offsets, anchors, counts, within, train=people is not None)
+        pooled_from = [features[s] for s in self.body.roi_strides]
         head = self.config.head
         if people is not None:
             losses = self.rpn.loss(logits, offsets, anchors, people)
@@ -66,16 +68,29 @@ class LCRNet(nn.Module):
         found: list[PoseProposals] = []
         for _ in range(head.passes):
             said = self._regions(pooled_from, roi)
-            new = self.predictor.decode(*said, roi, len(images), head.score_floor)
+            new = self.predictor.decode(*said, roi, len(images), head.score_floor, head.at_least)
             found = [_join(a, b) for a, b in zip(found, new, strict=True)] if found else new
             roi = self._again(*said, roi, sizes)
         return found
 
-    def _regions(self, features: Tensor, roi: Tensor) -> tuple[Tensor, Tensor]:
-        model = self.config.model
-        pooled = ops.roi_align(
-            features, roi, model.roi_size, 1 / self.body.roi_stride, model.sampling_ratio or -1, aligned=True
-        )
+    @property
+    def _detectron(self) -> bool:
+        return self.config.rpn.convention == "detectron"
+
+    def _regions(self, maps: list[Tensor], roi: Tensor) -> tuple[Tensor, Tensor]:
+        """Class logits and refinements of regions (R, 5), from the maps of `roi_strides`."""
+        model, strides = self.config.model, self.body.roi_strides
+        scales = [1 / stride for stride in strides]
+        step = getattr(self.box_head, "step", 1)
+        if model.pool == "align":
+            level = levels(roi[:, 1:], strides, self.config.rpn.convention) if len(maps) > 1 else None
+            ratio = model.sampling_ratio or -1
+            pooled = ops.roi_align(maps, roi, model.roi_size, scales, ratio, model.aligned, level, step)
+        elif model.pool == "pool":
+            pooled = ops.roi_pool(maps[0], roi, model.roi_size, scales[0])[..., ::step, ::step]
+        else:
+            crop = ops.roi_crop(maps[0], roi, model.roi_size, scales[0], max_pool=model.pool == "crop_max")
+            pooled = crop[..., ::step, ::step]
         return self.predictor(self.box_head(pooled))
 
     @torch.no_grad()
@@ -127,17 +142,18 @@ class LCRNet(nn.Module):
         if not images:
             return []
         setting = self.config.image
-        resized = [image.resize(shot, setting.short_side, setting.max_side) for shot in images]
+        resized = [image.resize(shot, setting.short_side, setting.max_side, setting.resize) for shot in images]
         # One call a padded shape: what is found in an image must not depend on its neighbours (GroupNorm sees padding).
         shapes: dict[tuple[int, ...], list[int]] = {}
         for i, (shot, _) in enumerate(resized):
-            shapes.setdefault(image.padded(shot.shape[:2]), []).append(i)
+            shapes.setdefault(image.padded(shot.shape[:2], setting.multiple), []).append(i)
         out: dict[int, PoseProposals] = {}
         for rows in shapes.values():
-            pixels, sizes = image.stack([resized[i][0] for i in rows])
+            pixels, sizes = image.stack([resized[i][0] for i in rows], setting.multiple)
             found = self(pixels.to(self.mean.device), sizes.to(self.mean.device))
             for i, one in zip(rows, found, strict=True):
-                out[i] = replace(one, box=one.box / resized[i][1], pose2d=one.pose2d / resized[i][1])
+                scale = torch.from_numpy(resized[i][1]).to(one.box)
+                out[i] = replace(one, box=one.box / scale.repeat(2), pose2d=one.pose2d / scale)
         return [out[i] for i in range(len(images))]
 
 

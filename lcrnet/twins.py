@@ -4,9 +4,10 @@ they cannot be built. Arguments, results and their meaning are those of the func
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK = 1 << 24
@@ -69,6 +70,96 @@ def _samples(low: Tensor, extent: Tensor, bins: int, ratio: int, cells: int) -> 
     at = at.clamp(0, cells - 1)
     hats = (1 - (at[..., None] - torch.arange(cells, device=low.device)).abs()).clamp(min=0)
     return (hats * use[..., None]).sum(2) / count[:, None, None].clamp(min=1)
+
+
+def roi_pool(map: Tensor, rois: Tensor, scale: float, height: int, width: int) -> Tensor:
+    """The maximum of a list of each bin's cells."""
+    rows, columns = map.shape[2:]
+    top, bottom = _bins(rois[:, 2], rois[:, 4], scale, height, rows)
+    left, right = _bins(rois[:, 1], rois[:, 3], scale, width, columns)
+    y, x = _from_to(top, bottom), _from_to(left, right)
+    least = torch.finfo(torch.float32).min
+
+    def pool(cells: Tensor, mine: Tensor) -> Tensor:
+        number = _places(y[mine], x[mine], columns).flatten(3)  # (r, h, w, some)
+        with torch.no_grad():
+            some = cells[number]
+            most, first = torch.where(some > least, some, least).max(3)  # of equal cells the first
+        cell = number.gather(3, first).flatten(0, 2)
+        value = torch.where(most > least, cells.gather(0, cell).view_as(most), least)
+        filled = (bottom > top)[mine][:, :, None] & (right > left)[mine][:, None]
+        return torch.where(filled[..., None], value, 0)
+
+    return _each_region(map, rois, scale, height, width, y.shape[2] * x.shape[2], pool)
+
+
+def roi_crop(map: Tensor, rois: Tensor, scale: float, height: int, width: int, max_pool: bool) -> Tensor:
+    """Weighted sums of the four cells round each point."""
+    rows, columns = map.shape[2:]
+    points = 2 if max_pool else 1
+    y, down = _points(rois[:, 2], rois[:, 4], scale, points * height, rows)
+    x, across = _points(rois[:, 1], rois[:, 3], scale, points * width, columns)
+
+    def crop(cells: Tensor, mine: Tensor) -> Tensor:
+        number = _places(y[mine], x[mine], columns)  # (r, h, w, 2, 2)
+        weight = (down[mine][:, :, None, :, None] * across[mine][:, None, :, None, :])[..., None]
+        four = cells.index_select(0, number.flatten()).view(*number.shape, -1)
+        value = torch.where(weight > 0, four * weight, 0).sum((3, 4))
+        return F.max_pool2d(value.permute(0, 3, 1, 2), 2).permute(0, 2, 3, 1) if max_pool else value
+
+    return _each_region(map, rois, scale, height, width, 4 * points**2, crop)
+
+
+def _each_region(
+    map: Tensor, rois: Tensor, scale: float, height: int, width: int, some: int, pool: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """`pool` takes the cells (HW, C) of an image and numbers of regions -> (r, h, w, C), looking at `some` cells for each
+    output. Regions that are not finite, or of no image, give zeros."""
+    kind = torch.promote_types(map.dtype, torch.float32)
+    out = map.new_zeros(len(rois), height, width, map.shape[1], dtype=kind)
+    image = rois[:, 0]
+    here = (image > -1) & (image < len(map)) & (rois[:, 1:] * scale).isfinite().all(1)
+    group = max(1, CHUNK // max(1, out[:1].numel() * some))
+    for b in range(len(map) if map.numel() else 0):
+        cells = map[b].flatten(1).T.to(kind)
+        for mine in (here & (image.long() == b)).nonzero()[:, 0].split(group):
+            if len(mine):
+                out = out.index_copy(0, mine, pool(cells, mine))
+    return out.to(map.dtype).permute(0, 3, 1, 2) + map.flatten()[:0].sum()
+
+
+def _bins(low: Tensor, high: Tensor, scale: float, bins: int, cells: int) -> tuple[Tensor, Tensor]:
+    """The first cell of each bin along an axis, and the one after its last, (R, bins) both."""
+    first, last = (_rounded(x * scale).nan_to_num(0).clamp(-(2.0**40), 2.0**40).long()[:, None] for x in (low, high))
+    ends = torch.arange(bins + 1, device=low.device) * ((last - first + 1).clamp(min=1).to(low.dtype) / bins)
+    return (ends[:, :-1].floor().long() + first).clamp(0, cells), (ends[:, 1:].ceil().long() + first).clamp(0, cells)
+
+
+def _rounded(x: Tensor) -> Tensor:
+    """As C's round does: halves away from zero."""
+    return x.trunc() + ((x - x.trunc()).abs() >= 0.5) * x.sign()
+
+
+def _from_to(first: Tensor, end: Tensor) -> Tensor:
+    """(R, bins, some) cells of each bin; one that has less has its last again, which is no greater than itself."""
+    most = int((end - first).max().clamp(min=1)) if len(first) else 1
+    cells = first[..., None] + torch.arange(most, device=first.device)
+    return cells.minimum(end[..., None] - 1).clamp(min=0)
+
+
+def _points(low: Tensor, high: Tensor, scale: float, points: int, cells: int) -> tuple[Tensor, Tensor]:
+    """(R, points, 2): the cells that each point along an axis lies between, and their weights, 0 outside the map."""
+    share = torch.arange(points, device=low.device, dtype=low.dtype) / (points - 1) if points > 1 else low.new_full((1,), 0.5)
+    at = (low * scale)[:, None] + ((high - low) * scale)[:, None] * share
+    at = at.nan_to_num(-9, -9, -9).clamp(-9, cells + 9)
+    cell = at.floor()[..., None] + torch.arange(2, device=low.device)
+    weight = (1 - (at[..., None] - cell).abs()) * ((cell >= 0) & (cell < cells))
+    return cell.long().clamp(0, max(cells - 1, 0)), weight
+
+
+def _places(y: Tensor, x: Tensor, columns: int) -> Tensor:
+    """Rows (r, h, p) and columns (r, w, q) -> numbers of cells (r, h, w, p, q)."""
+    return y[:, :, None, :, None] * columns + x[:, None, :, None, :]
 
 
 def nms(

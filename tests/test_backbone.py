@@ -3,56 +3,229 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import nn
+from torchvision.models import resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from lcrnet import backbone
+from lcrnet.backbone import ConvHead, MLPHead, Res5Head, ResNetBody, VGG16Body
 from lcrnet.config import Model
 
-DEPTHS = {"tiny": 320, "resnet18": 512, "resnet34": 512, "resnet50": 2048, "resnet101": 2048, "resnet152": 2048}
+STAGE5 = {name: 512 if name in ("resnet18", "resnet34") else 2048 for name in backbone.RESNETS}
+BODIES = {  # of a ResNet with w channels in stage 5: strides and channels for proposals, the same for regions
+    "c4": lambda w: ((16,), w // 2, (16,), w // 2),
+    "c5": lambda w: ((32,), w, (32,), w),
+    "fpn": lambda w: ((4, 8, 16, 32, 64), 256, (4, 8, 16, 32), 256),
+    "fpn_p2": lambda w: ((4,), 256, (4,), 256),
+}
+HEADS = {"c4": ["res5", "2mlp", "conv"], "c5": ["2mlp", "conv"], "fpn": ["2mlp", "conv"], "fpn_p2": ["conv", "2mlp"]}
+KINDS = {"res5": Res5Head, "2mlp": MLPHead, "conv": ConvHead}
 
 
-@pytest.mark.parametrize("roi_size", [7, 14])
-@pytest.mark.parametrize("name", DEPTHS)
-def test_shapes_and_strides(name: str, roi_size: int) -> None:
+def build(**model: Any) -> tuple[Any, Any, int]:
     with torch.device("meta"):
-        body, head, width = backbone.build(Model(backbone=name, roi_size=roi_size))
+        return backbone.build(Model(**model))
+
+
+def check(body: Any, head: Any, width: int, roi_size: int) -> None:
+    """Maps of the strides and channels that the body tells, and vectors of the head's width."""
+    with torch.device("meta"):
         maps = body(torch.zeros(2, 3, 96, 160))
-        pooled = torch.zeros(5, body.roi_channels, roi_size, roi_size)
-        assert head(pooled).shape == (5, width) and width == DEPTHS[name]
-        if isinstance(head, backbone.Res5Head):  # the same 7 x 7 either way
-            assert head.layer4(pooled).shape == (5, width, 7, 7)
-    assert (body.rpn_stride, body.roi_stride) == ((8, 4) if name == "tiny" else (16, 16))
-    for stride, channels in ((body.rpn_stride, body.rpn_channels), (body.roi_stride, body.roi_channels)):
-        assert maps[stride].shape == (2, channels, 96 // stride, 160 // stride)
+        assert set(maps) == {*body.rpn_strides, *body.roi_strides}
+        for strides, channels in ((body.rpn_strides, body.rpn_channels), (body.roi_strides, body.roi_channels)):
+            for s in strides:
+                assert maps[s].shape == (2, channels, -(-96 // s), -(-160 // s))
+        bins = -(-roi_size // getattr(head, "step", 1))
+        assert head(torch.zeros(5, body.roi_channels, bins, bins)).shape == (5, width)
 
 
-def test_box_head_is_the_last_stage_of_the_resnet() -> None:
-    """Body and 14-bin head one after the other are the classification network up to its mean."""
-    from torchvision.models import resnet
+@pytest.mark.parametrize("kind", BODIES)
+@pytest.mark.parametrize("name", sorted(STAGE5))
+def test_shapes_and_strides(name: str, kind: str) -> None:
+    """Every ResNet and ResNeXt, every body; the heads that go with it, and the other norm, on ResNet-18 and 50."""
+    small = name in ("resnet18", "resnet50")
+    for norm in ("frozen_bn", "gn") if small else ("gn",):
+        for given in HEADS[kind] if small else HEADS[kind][:1]:
+            body, head, width = build(backbone=name, body=kind, head=given, norm=norm, head_width=96, head_convs=2)
+            found = (body.rpn_strides, body.rpn_channels, body.roi_strides, body.roi_channels)
+            assert found == BODIES[kind](STAGE5[name])
+            assert isinstance(head, KINDS[given]) and width == (STAGE5[name] if given == "res5" else 96)
+            check(body, head, width, 7)
 
+
+@pytest.mark.parametrize("head", ["2mlp", "conv"])
+def test_vgg16(head: str) -> None:
+    body, box_head, width = build(backbone="vgg16", head=head, head_width=4096, freeze=2)
+    assert isinstance(body, VGG16Body) and width == 4096
+    check(body, box_head, width, 7)
+    convolutions = [layer for layer in body.features if isinstance(layer, nn.Conv2d)]
+    assert [layer.out_channels for layer in convolutions] == [64] * 2 + [128] * 2 + [256] * 3 + [512] * 6
+    # pool2 is where Detectron stops the gradient
+    assert [layer.weight.requires_grad for layer in convolutions] == [False] * 4 + [True] * 9
+    for freeze, trained in enumerate([13, 11, 9, 6, 3, 0]):
+        body = build(backbone="vgg16", head=head, freeze=freeze)[0]
+        assert sum(p.requires_grad for p in body.parameters()) == 2 * trained
+
+
+def test_tiny() -> None:
+    body, head, width = build(backbone="tiny")
+    assert (body.rpn_strides, body.roi_strides, width) == ((8,), (4,), 320)
+    check(body, head, width, 7)
+    said = re.search(r"of ([\d.]+) M parameters", backbone.TinyBody.__doc__ or "")
+    assert said and abs(sum(p.numel() for p in body.parameters()) / 1e6 - float(said[1])) < 0.05
+
+
+REFUSED = [
+    ({"backbone": "vgg16"}, "vgg16 goes with body: c4, head: 2mlp or conv"),
+    ({"backbone": "vgg16", "body": "fpn", "head": "2mlp"}, "vgg16 goes with body: c4"),
+    ({"backbone": "vgg16", "head": "2mlp", "norm": "gn"}, "norm: frozen_bn"),
+    ({"body": "c5"}, "head res5 is stage 5 again, so body c5 needs head: 2mlp or conv"),
+    ({"body": "fpn"}, "body fpn needs head"),
+    ({"backbone": "resnet34", "stride_in_1x1": True}, "resnet34 has no 1x1"),
+    ({"dilate_c5": True}, "dilate_c5 is for body: c5"),
+    ({"backbone": "resnet18", "body": "c5", "head": "2mlp", "dilate_c5": True}, "ResNet-50 or larger"),
+    ({"body": "fpn", "head": "2mlp", "pool": "crop"}, "pooled with pool: align"),
+    ({"backbone": "resnet51"}, "backbone"),
+    ({"freeze": 6}, "freeze"),
+]
+
+
+@pytest.mark.parametrize(("model", "says"), REFUSED, ids=[str(m) for m, _ in REFUSED])
+def test_what_does_not_go_together(model: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(says)):
+        Model(**model)
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_names_are_torchvisions(name: str) -> None:
+    """Body and res5 head hold the names and shapes of torchvision's network, all but its last layer."""
+    with torch.device("meta"):
+        net = getattr(resnet, name)(norm_layer=FrozenBatchNorm2d)
+    goal = {k: v.shape for k, v in net.state_dict().items() if not k.startswith("fc.")}
+    body, head, _ = build(backbone=name)
+    assert {k: v.shape for part in (body, head) for k, v in part.state_dict().items()} == goal
+    whole = build(backbone=name, body="c5", head="2mlp")[0]
+    assert {k: v.shape for k, v in whole.state_dict().items()} == goal
+
+
+def test_names_of_pyramid_and_heads() -> None:
+    body, head, _ = build(backbone="resnet50", body="fpn", head="2mlp")
+    names = {k for k in body.state_dict() if k.startswith("fpn.")}
+    parts = ("inner_blocks", "layer_blocks")
+    assert names == {f"fpn.{b}.{n}.0.{p}" for b in parts for n in range(4) for p in ("weight", "bias")}
+    assert [body.fpn.inner_blocks[n][0].in_channels for n in range(4)] == [256, 512, 1024, 2048]  # finest first
+    assert set(head.state_dict()) == {f"{layer}.{p}" for layer in ("fc1", "fc2") for p in ("weight", "bias")}
+    body, head, _ = build(backbone="resnet50", body="fpn", head="conv", norm="gn")
+    names = {k for k in body.state_dict() if k.startswith("fpn.")}
+    kinds = ("0.weight", "1.weight", "1.bias")
+    assert names == {f"fpn.{b}.{n}.{k}" for b in parts for n in range(4) for k in kinds}
+    layers = {f"convs.{3 * n}.weight" for n in range(4)} | {f"convs.{3 * n + 1}.{p}" for n in range(4)
+                                                          for p in ("weight", "bias")}  # fmt: skip
+    assert set(head.state_dict()) == layers | {"fc.weight", "fc.bias"}
+    plain = build(backbone="resnet50", body="fpn", head="conv")[1]
+    assert set(plain.state_dict()) == {f"{layer}.{p}" for layer in ("convs.0", "convs.2", "convs.4", "convs.6", "fc")
+                                       for p in ("weight", "bias")}  # fmt: skip
+
+
+def test_p2_is_that_of_the_pyramid() -> None:
     torch.manual_seed(0)
-    net = resnet.resnet18(norm_layer=FrozenBatchNorm2d).eval()
+    pyramid = ResNetBody(*_net(backbone="resnet18", body="fpn", head="2mlp"))
+    finest = ResNetBody(*_net(backbone="resnet18", body="fpn_p2", head="2mlp"))
+    finest.load_state_dict(pyramid.state_dict())
+    image = torch.rand(1, 3, 72, 104)  # no multiple of 32
+    with torch.no_grad():
+        assert set(finest(image)) == {4}
+        torch.testing.assert_close(finest(image)[4], pyramid(image)[4])
+    finest(image)[4].sum().backward()
+    assert all((p.grad is not None) == p.requires_grad for p in finest.parameters())
+
+
+def _net(**model: Any) -> tuple[Any, Model]:
+    config = Model(**model)
+    return backbone._resnet(config), config
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+@pytest.mark.parametrize("stride_in_1x1", [False, True])
+def test_box_head_is_the_last_stage_of_the_resnet(name: str, stride_in_1x1: bool) -> None:
+    """Body and 14-bin head one after the other are the classification network up to its mean."""
+    if name == "resnet18" and stride_in_1x1:
+        return  # refused
+    torch.manual_seed(0)
+    net, config = _net(backbone=name, roi_size=14, stride_in_1x1=stride_in_1x1)
     image = torch.rand(1, 3, 64, 64)
     with torch.no_grad():
         net.fc = nn.Identity()
-        goal = net(image)
-        body, head = backbone.ResNetC4(net, 0), backbone.Res5Head(net, 14)
-        torch.testing.assert_close(head(body(image)[16]), goal)
+        goal = net.eval()(image)
+        net.fc = nn.Linear(goal.shape[1], 1)
+        body, head = ResNetBody(net, config), Res5Head(net.layer4, config)
+        assert head.step == (2 if stride_in_1x1 else 1)
+        torch.testing.assert_close(head(body(image)[16][..., :: head.step, :: head.step]), goal)
 
 
-@pytest.mark.parametrize("depth", range(5))
-def test_freeze(depth: int) -> None:
-    """The first stages, and they alone, get no gradient."""
+STRIDES = [  # (res5_stride, roi_size, stride_in_1x1) -> (step, strides of conv1, conv2 and the shortcut)
+    ((0, 7, False), (1, 1, 1, 1)),
+    ((0, 7, True), (1, 1, 1, 1)),
+    ((0, 14, False), (1, 1, 2, 2)),
+    ((0, 14, True), (2, 1, 1, 1)),
+    ((2, 7, False), (1, 1, 2, 2)),
+    ((2, 7, True), (2, 1, 1, 1)),
+    ((1, 14, False), (1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize(("given", "goal"), STRIDES)
+def test_stride_of_the_res5_head(given: tuple[int, int, bool], goal: tuple[int, ...]) -> None:
+    stride, size, in_1x1 = given
+    _, head, _ = build(backbone="resnet50", res5_stride=stride, roi_size=size, stride_in_1x1=in_1x1)
+    first = head.layer4[0]
+    found = (head.step, first.conv1.stride[0], first.conv2.stride[0], first.downsample[0].stride[0])
+    assert found == goal
+    check(*build(backbone="resnet50", res5_stride=stride, roi_size=size, stride_in_1x1=in_1x1), size)
+
+
+def test_stride_in_1x1() -> None:
+    for in_1x1 in (False, True):
+        body = build(backbone="resnet50", body="c5", head="2mlp", stride_in_1x1=in_1x1)[0]
+        for n, layer in enumerate((body.layer1, body.layer2, body.layer3, body.layer4)):
+            strides = [(block.conv1.stride[0], block.conv2.stride[0]) for block in layer]
+            halves = [(2, 1) if in_1x1 else (1, 2)] if n else [(1, 1)]
+            assert strides == halves + [(1, 1)] * (len(layer) - 1)
+
+
+@pytest.mark.parametrize("in_1x1", [False, True])
+def test_dilated_stage5_is_the_strided_one_at_four_times_the_places(in_1x1: bool) -> None:
+    """Every other cell of the dilated map is the map with the stride: the same weights, read more densely."""
     torch.manual_seed(0)
-    body, head, _ = backbone.build(Model(backbone="resnet18", freeze=depth))
+    given = {"backbone": "resnet50", "body": "c5", "head": "2mlp", "stride_in_1x1": in_1x1}
+    strided, dilated = ResNetBody(*_net(**given)), ResNetBody(*_net(**given, dilate_c5=True))
+    dilated.load_state_dict(strided.state_dict())
+    strided, dilated = strided.double(), dilated.double()  # the two convolutions add up in different orders
+    assert (strided.roi_strides, dilated.roi_strides, dilated.rpn_strides) == ((32,), (16,), (16,))
+    image = torch.rand(1, 3, 128, 128, dtype=torch.float64)
+    with torch.no_grad():
+        coarse, fine = strided(image)[32], dilated(image)[16]
+    assert fine.shape[-2:] == (8, 8)
+    torch.testing.assert_close(fine[..., ::2, ::2], coarse)
+    check(*build(**given, dilate_c5=True), 7)
+
+
+@pytest.mark.parametrize("kind", ["c4", "c5", "fpn"])
+@pytest.mark.parametrize("depth", range(6))
+def test_freeze(kind: str, depth: int) -> None:
+    """The first stages, and they alone, get no gradient."""
+    body, head, _ = build(backbone="resnet18", body=kind, head="2mlp", norm="gn", freeze=depth)
     stages = [nn.ModuleList([body.conv1, body.bn1]), body.layer1, body.layer2, body.layer3]
+    stages += [body.layer4] if kind != "c4" else []
     for i, stage in enumerate(stages):
         assert {p.requires_grad for p in stage.parameters()} == {i >= depth}
-    assert all(p.requires_grad for p in head.parameters())
+    rest = [*head.parameters(), *(body.fpn.parameters() if kind == "fpn" else [])]
+    assert all(p.requires_grad for p in rest)
 
 
 def test_frozen_stages_get_no_gradient() -> None:
@@ -63,14 +236,16 @@ def test_frozen_stages_get_no_gradient() -> None:
     assert not any(got for name, got in has.items() if name.startswith(("conv1", "layer1")))
 
 
-def test_norms() -> None:
-    with torch.device("meta"):
-        frozen = backbone.build(Model(backbone="resnet50"))[:2]
-        grouped = backbone.build(Model(backbone="resnet50", norm="gn"))[:2]
+@pytest.mark.parametrize("kind", ["c4", "fpn"])
+def test_norms(kind: str) -> None:
+    head = {"head": "res5" if kind == "c4" else "conv"}
+    frozen = build(backbone="resnet50", body=kind, **head)[:2]
+    grouped = build(backbone="resnet50", body=kind, norm="gn", **head)[:2]
     kinds = [{type(m) for part in parts for m in part.modules()} for parts in (frozen, grouped)]
     assert FrozenBatchNorm2d in kinds[0] and nn.GroupNorm not in kinds[0]
     assert nn.GroupNorm in kinds[1] and FrozenBatchNorm2d not in kinds[1]
     assert nn.BatchNorm2d not in kinds[0] | kinds[1]
+    assert {m.num_groups for part in grouped for m in part.modules() if isinstance(m, nn.GroupNorm)} == {32}
     # frozen means: neither trained nor counted
     assert not any("bn" in name for part in frozen for name, _ in part.named_parameters())
     for channels in (16, 32, 48, 64, 256, 512, 2048):
@@ -78,10 +253,20 @@ def test_norms() -> None:
         assert norm.num_groups == (32 if channels >= 512 else channels // 16)
 
 
-def test_tiny_is_as_small_as_it_says() -> None:
-    body, _, _ = backbone.build(Model(backbone="tiny"))
-    said = re.search(r"of ([\d.]+) M parameters", backbone.TinyBody.__doc__ or "")
-    assert said and abs(sum(p.numel() for p in body.parameters()) / 1e6 - float(said[1])) < 0.05
+def test_weights_start_as_detectrons() -> None:
+    """MSRAFill: deviation (2 / (outputs * 9))^1/2; XavierFill: uniform, variance 1 / inputs; biases 0."""
+    torch.manual_seed(0)
+    body, head, _ = backbone.build(Model(backbone="resnet18", body="fpn", head="conv", head_width=64, head_convs=1))
+    convolution, layer = head.convs[0], head.fc
+    assert abs(convolution.weight.std() / (2 / (256 * 9)) ** 0.5 - 1) < 0.01
+    assert abs(layer.weight.std() * (256 * 49) ** 0.5 - 1) < 0.01
+    assert abs(layer.weight).max() <= (3 / (256 * 49)) ** 0.5 and not layer.bias.any() and not convolution.bias.any()
+    inner = body.fpn.inner_blocks[0][0]
+    assert abs(inner.weight.std() * 64**0.5 - 1) < 0.02 and not inner.bias.any()
+    mlp = backbone.build(Model(backbone="resnet18", body="fpn", head="2mlp", head_width=64))[1]
+    assert abs(mlp.fc1.weight.std() * (256 * 49) ** 0.5 - 1) < 0.01 and not mlp.fc1.bias.any()
+    first = VGG16Body(0).features[2]
+    assert abs(first.weight.std() / (2 / (64 * 9)) ** 0.5 - 1) < 0.02 and not first.bias.any()
 
 
 def test_residual_starts_as_the_identity() -> None:

@@ -222,9 +222,11 @@ def test_collate() -> None:
     """Padded with zeros on the right and below, to a whole multiple of the stride."""
     shots = [np.full((30, 50, 3), 9, np.uint8), np.full((65, 20, 3), 7, np.uint8)]
     people = [People.empty(2, 13), People.empty(0, 13)]
-    batch = dataset.collate([dataset.Sample(s, p, i + 5) for i, (s, p) in enumerate(zip(shots, people, strict=True))])
-    assert batch.images.shape == (2, 3, *image.padded((65, 50))) and batch.images.dtype == torch.uint8
-    assert image.padded((16, 17)) == (16, 32)
+    batch = dataset.collate(
+        [dataset.Sample(s, p, i + 5) for i, (s, p) in enumerate(zip(shots, people, strict=True))], 16
+    )
+    assert batch.images.shape == (2, 3, *image.padded((65, 50), 16)) and batch.images.dtype == torch.uint8
+    assert image.padded((16, 17), 16) == (16, 32)
     assert batch.sizes.tolist() == [[30, 50], [65, 20]] and batch.ids == [5, 6]
     for shot, padded in zip(shots, batch.images, strict=True):
         height, width = shot.shape[:2]

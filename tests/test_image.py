@@ -212,7 +212,7 @@ def test_image_names() -> None:
 def test_resize_rule(size: tuple[int, int], out: tuple[int, int], scale: float) -> None:
     result, factor = resize(np.zeros((*size, 3), np.uint8), 800, 1333)
     assert result.shape == (*out, 3)
-    assert factor == pytest.approx(scale)
+    assert factor.tolist() == pytest.approx([scale, scale])
 
 
 @pytest.mark.parametrize(

@@ -35,7 +35,7 @@ def shots(count: int = 2, size: int = 64) -> tuple[torch.Tensor, torch.Tensor, l
     """Drawings with somebody in them as a batch of the network."""
     drawn = [synthetic.draw(seed, size, 75) for seed in range(20)]
     drawn = [d for d in drawn if len(d[1])][:count]
-    pixels, sizes = image.stack([d[0] for d in drawn])
+    pixels, sizes = image.stack([d[0] for d in drawn], 16)
     return pixels, sizes, [d[1].tensors() for d in drawn]
 
 

@@ -22,7 +22,7 @@ ANCHORS = rpn.anchor_boxes(SHAPE, STRIDE, SIZES, RATIOS)
 
 def network(**fields: Any) -> rpn.RPN:
     torch.manual_seed(0)
-    return rpn.RPN(8, STRIDE, CONFIG.model_copy(update=fields))
+    return rpn.RPN(8, (STRIDE,), CONFIG.model_copy(update=fields))
 
 
 def people(*boxes: tuple[float, ...], crowd: int = 0) -> People:
@@ -69,7 +69,8 @@ def test_outputs_are_in_the_order_of_the_anchor_boxes() -> None:
         net.offsets.weight[4 * 4 + 2, 0] = 1  # its third offset too
     x = torch.zeros(1, 8, *SHAPE)
     x[0, 0, 3, 7] = 1
-    logits, offsets, anchors = net(x)
+    logits, offsets, anchors, counts = net([x])
+    assert counts == [len(ANCHORS)]
     hit = (3 * 10 + 7) * 6 + 4
     assert torch.equal(anchors, ANCHORS)
     assert logits[0].nonzero().tolist() == [[hit]] and offsets[0].nonzero().tolist() == [[hit, 2]]
@@ -156,7 +157,7 @@ def test_proposals(train: bool) -> None:
     torch.manual_seed(1)
     logits, offsets = torch.randn(2, len(ANCHORS)), torch.randn(2, len(ANCHORS), 4)
     sizes = torch.tensor([[48, 80], [30, 50]])
-    found = network(**fields).propose(logits, offsets, ANCHORS, sizes, train)
+    found = network(**fields).propose(logits, offsets, ANCHORS, [len(ANCHORS)], sizes, train)
     for box, (height, width) in zip(found, sizes.tolist(), strict=True):
         assert len(box) == (9 if train else 7)
         assert (box >= 0).all() and (box[:, [0, 2]] <= width).all() and (box[:, [1, 3]] <= height).all()
@@ -173,5 +174,6 @@ def test_proposals(train: bool) -> None:
 def test_proposals_of_nonsense() -> None:
     """NaN weights end in a loss that is not finite, not in a crash here."""
     logits = torch.full((1, len(ANCHORS)), torch.nan)
-    found = network().propose(logits, logits[..., None].expand(-1, -1, 4), ANCHORS, torch.tensor([[48, 80]]), False)
+    offsets, size = logits[..., None].expand(-1, -1, 4), torch.tensor([[48, 80]])
+    found = network().propose(logits, offsets, ANCHORS, [len(ANCHORS)], size, False)
     assert found[0].shape == (0, 4)
