@@ -167,12 +167,13 @@ def _following(log: Path) -> Iterator[None]:
 
 def _anchors(settings: Config, data: Source, file: Path) -> anchors.AnchorPoses:
     """The run's anchor poses: those it has, those of `anchors.file`, or clustered from the data; kept in `file`."""
-    known = settings.anchors.file
+    poses = None
     if file.is_file():
-        known = str(file)
+        poses = anchors.load(file)
     elif settings.train.init:
-        known = str(Path(settings.train.init) / "anchors.json")
-    poses = anchors.load(known) if known else None
+        poses = weights.anchors_of(settings.train.init)
+    if poses is None and settings.anchors.file:
+        poses = anchors.load(settings.anchors.file)
     images = dataset.read(data, poses.skeleton if poses else anchors.LCR13, settings.data.min_joints)
     people = People.join(image.people for image in images)
     print(f"{len(images)} images, {int((~people.crowd).sum())} people, {int(people.has3d.sum())} with a 3D pose")

@@ -96,9 +96,7 @@ def roi_align(
     return out
 
 
-def roi_pool(
-    map: Tensor, boxes: Tensor | Sequence[Tensor], output_size: Size, spatial_scale: float = 1.0
-) -> Tensor:
+def roi_pool(map: Tensor, boxes: Tensor | Sequence[Tensor], output_size: Size, spatial_scale: float = 1.0) -> Tensor:
     """RoIPool (Girshick, Fast R-CNN, ICCV 2015) -> (R, C, h, w): the maximum of each bin.
 
     map            (B, C, H, W), of less than 2^31 cells
@@ -106,7 +104,7 @@ def roi_pool(
     spatial_scale  cells a pixel
 
     As torchvision's, rounding included: corners to whole cells, halves away from zero, the last cell belonging to the
-    box, which is at least one cell large; bins of whole cells, up to one of which they share. A bin without a cell is 0.
+    box, which is at least one cell large; bins of whole cells, up to one of which they share. One without a cell is 0.
     The gradient goes to the first of equal cells. NaN is never greater: it counts where all of a bin is NaN only, which
     gives the least float32 number and no gradient, as -inf does. No box is too large, or costs more than the whole map.
     The backward pass reads the map again, and adds in the same order on every run and any number of threads.
@@ -127,11 +125,12 @@ def roi_crop(
 
     Arguments as `roi_pool`. Whole coordinates, x times spatial_scale, are the centres of cells; cells outside the map
     count as zero (grid_sample with align_corners and padding by zeros, on the affine grid of the box).
-    max_pool: of 2h x 2w points, each 2 x 2 give their maximum; of equal ones the first gets the gradient, and NaN is the
+    max_pool: of 2h x 2w points, each 2 x 2 give their maximum; of equals the first gets the gradient, and NaN is the
     greatest, as in max_pool2d. The large crop is never stored. Gradients as those of `roi_pool`.
     """
     height, width = _pair(output_size)
-    out: Tensor = _operator("roi_crop", map)(map, _rois(boxes, map), float(spatial_scale), height, width, bool(max_pool))
+    scale = float(spatial_scale)
+    out: Tensor = _operator("roi_crop", map)(map, _rois(boxes, map), scale, height, width, bool(max_pool))
     return out
 
 

@@ -37,8 +37,8 @@ class RPN(nn.Module):
             nn.init.normal_(parameter, std=0.01 if parameter.ndim > 1 else 0)
 
     def forward(self, maps: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, list[int]]:
-        """Maps (B, C, h, w), one a level -> logits (B, A), offsets (B, A, 4), anchor boxes (A, 4), how many of the A are
-        of each level: h * w * shapes, in that order.
+        """Maps (B, C, h, w), one a level -> logits (B, A), offsets (B, A, 4), anchor boxes (A, 4), how many of the A
+        are of each level: h * w * shapes, in that order.
         """
         logits, offsets, boxes = [], [], []
         for map, stride, sizes in zip(maps, self.strides, self.sizes, strict=True):

@@ -92,8 +92,8 @@ def fit(
     truth = dataset.read(val, skeleton) if val and run.rank == 0 else None
     model = build(config, anchors).to(memory_format=torch.channels_last).to(run.device).train()
     if config.train.init:
-        for name in weights.fill(model, config.train.init, strict=False):
-            run.say(f"train.init: {name}")
+        for line in weights.start(model, config.train.init):
+            run.say(f"train.init: {line}")
     parallel = _parallel(model, config, run)
     optimizer = optim.build(model, config.train)
     average = optim.Average(model, config.train.ema) if config.train.ema else None

@@ -111,9 +111,15 @@ def roi_crop(map: Tensor, rois: Tensor, scale: float, height: int, width: int, m
 
 
 def _each_region(
-    map: Tensor, rois: Tensor, scale: float, height: int, width: int, some: int, pool: Callable[[Tensor, Tensor], Tensor]
+    map: Tensor,
+    rois: Tensor,
+    scale: float,
+    height: int,
+    width: int,
+    some: int,
+    pool: Callable[[Tensor, Tensor], Tensor],
 ) -> Tensor:
-    """`pool` takes the cells (HW, C) of an image and numbers of regions -> (r, h, w, C), looking at `some` cells for each
+    """`pool` takes the cells (HW, C) of an image and region numbers -> (r, h, w, C), looking at `some` cells for each
     output. Regions that are not finite, or of no image, give zeros."""
     kind = torch.promote_types(map.dtype, torch.float32)
     out = map.new_zeros(len(rois), height, width, map.shape[1], dtype=kind)
@@ -149,7 +155,8 @@ def _from_to(first: Tensor, end: Tensor) -> Tensor:
 
 def _points(low: Tensor, high: Tensor, scale: float, points: int, cells: int) -> tuple[Tensor, Tensor]:
     """(R, points, 2): the cells that each point along an axis lies between, and their weights, 0 outside the map."""
-    share = torch.arange(points, device=low.device, dtype=low.dtype) / (points - 1) if points > 1 else low.new_full((1,), 0.5)
+    steps = torch.arange(points, device=low.device, dtype=low.dtype)
+    share = steps / (points - 1) if points > 1 else low.new_full((1,), 0.5)
     at = (low * scale)[:, None] + ((high - low) * scale)[:, None] * share
     at = at.nan_to_num(-9, -9, -9).clamp(-9, cells + 9)
     cell = at.floor()[..., None] + torch.arange(2, device=low.device)

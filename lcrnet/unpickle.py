@@ -3,7 +3,8 @@
 A pickle is a program for a small stack machine, and some of its instructions call any function of any module. This is
 that machine (the instructions as `pickletools` documents them) without that ability: it builds numbers, text, lists,
 dicts and NumPy arrays of numbers, knows the few names by which NumPy, OrderedDict and the predecessor's AttrDict
-appear in pickles, and refuses every other name and instruction before anything happens.
+appear in pickles, and refuses every other name and instruction before anything happens. A `Dialect` knows more names;
+torchfile.py has that of torch's files.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import math
 import pickletools
 import re
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -38,8 +41,12 @@ class _Mark:
     """Where the items of a list begin on the stack."""
 
 
+class Part:
+    """What may stand in the arguments of a call only, never in the result."""
+
+
 @dataclass(frozen=True)
-class _Name:
+class Name(Part):
     """A known name. It is compared, never looked up."""
 
     module: str
@@ -51,7 +58,7 @@ class _Name:
 
 
 @dataclass
-class _Numbers:
+class _Numbers(Part):
     """A dtype, whose byte order a pickle sets after it has made it."""
 
     code: str
@@ -62,7 +69,21 @@ class _Numbers:
         return np.dtype(self.code).newbyteorder(self.order)
 
 
-class _Refused(Exception):
+class Dialect:
+    """What a format adds to plain pickles: names, what a call of one of them stands for, and persistent ids."""
+
+    names: frozenset[tuple[str, str]] = frozenset()
+
+    def made(self, key: tuple[str, str], args: tuple[Any, ...]) -> Any:
+        """The value of a call of one of `names`; Refused if it is called in another way than known."""
+        raise Refused(f"refused: the pickle calls {key[0]}.{key[1]} in a way that plain data does not need")
+
+    def persistent(self, identity: Any) -> Any:
+        """The value that lies outside the pickle."""
+        raise Refused("refused: the pickle has the instruction BINPERSID, which plain data does not need")
+
+
+class Refused(Exception):
     """The message completes the sentence `FILE: ...`."""
 
 
@@ -76,11 +97,16 @@ def load(data: bytes, file: str = "pickle") -> Any:
     UserError: it is no whole pickle, is too large, or names a thing that plain data does not need. Nothing has been
     imported, called or written by then.
     """
-    if len(data) > MOST_BYTES:
-        raise UserError(f"{file}: {len(data)} bytes are more than the {MOST_BYTES} that a pickle may have here")
+    with told(file):
+        return value(run(io.BytesIO(data), check(data)))
+
+
+@contextmanager
+def told(file: str) -> Iterator[None]:
+    """Whatever goes wrong within, because of the bytes that are read, becomes a UserError of one line."""
     try:
-        return _run(data)
-    except _Refused as error:
+        yield
+    except Refused as error:
         raise UserError(f"{file}: {error}") from None
     except (
         ValueError,
@@ -90,36 +116,51 @@ def load(data: bytes, file: str = "pickle") -> Any:
         AttributeError,
         OverflowError,
         EOFError,
+        RecursionError,
+        MemoryError,
         struct.error,
     ) as error:
         raise UserError(
-            f"{file}: not a whole pickle ({' '.join(str(error).split()) or type(error).__name__})"
+            f"{file}: not a whole pickle ({' '.join(str(error).split())[:300] or type(error).__name__})"
         ) from None
 
 
-def _run(data: bytes) -> Any:
+def check(data: bytes) -> int:
+    """The length of a file's bytes; Refused if they are too many."""
+    if len(data) > MOST_BYTES:
+        raise Refused(f"{len(data)} bytes are more than the {MOST_BYTES} that a pickle may have here")
+    return len(data)
+
+
+def run(stream: BinaryIO, budget: int, dialect: Dialect | None = None) -> Any:
+    """Runs the pickle that begins at the stream's position, up to its end, and gives its value, which may be a `Part`.
+
+    budget  bytes that its arrays may have. Each array's stand in the file once: to use the same ones again and again
+            would fill the memory
+    """
+    dialect = dialect or Dialect()
     stack: list[Any] = []
     memo: dict[int, Any] = {}
-    # Each array's bytes stand in the file once; to use the same ones again and again would fill the memory.
-    budget = len(data)
     opcode: Any
     arg: Any
 
     def items() -> list[Any]:
         """Takes what lies above the topmost mark."""
-        start = max(i for i, value in enumerate(stack) if value is _Mark)
+        start = len(stack) - 1
+        while stack[start] is not _Mark:  # IndexError: there is none
+            start -= 1
         out = stack[start + 1 :]
         del stack[start:]
         return out
 
-    for step, (opcode, arg, _) in enumerate(pickletools.genops(io.BytesIO(data))):
+    for step, (opcode, arg, _) in enumerate(pickletools.genops(stream)):
         if step > MOST_STEPS:
-            raise _Refused(f"more than {MOST_STEPS} instructions")
+            raise Refused(f"more than {MOST_STEPS} instructions")
         match opcode.name:
             case "PROTO" | "FRAME":
                 pass
             case "STOP":
-                return _value(stack.pop())
+                return stack.pop()
             case "NONE":
                 stack.append(None)
             case "NEWTRUE":
@@ -153,8 +194,8 @@ def _run(data: bytes) -> Any:
             case "LIST":
                 stack.append(_values(items()))
             case "APPEND":
-                value = stack.pop()
-                _list(stack[-1]).append(_value(value))
+                item = stack.pop()
+                _list(stack[-1]).append(value(item))
             case "APPENDS":
                 values = _values(items())
                 _list(stack[-1]).extend(values)
@@ -170,50 +211,54 @@ def _run(data: bytes) -> Any:
             case "DICT":
                 stack.append(_set({}, items()))
             case "SETITEM":
-                value, key = stack.pop(), stack.pop()
-                _set(stack[-1], [key, value])
+                item, key = stack.pop(), stack.pop()
+                _set(stack[-1], [key, item])
             case "SETITEMS":
                 values = items()
                 _set(stack[-1], values)
             case "GLOBAL":
-                stack.append(_name(*arg.split(" ", 1)))
+                stack.append(_name(dialect, *arg.split(" ", 1)))
             case "STACK_GLOBAL":
                 name, module = stack.pop(), stack.pop()
-                stack.append(_name(module, name))
+                stack.append(_name(dialect, module, name))
             case "REDUCE" | "NEWOBJ":
                 args, function = stack.pop(), stack.pop()
-                stack.append(_made(function, args))
-                budget -= _size(stack[-1])
+                stack.append(_made(dialect, function, args))
+                budget -= _size(stack[-1], known=isinstance(function, Name) and function.key in dialect.names)
             case "BUILD":
                 state = stack.pop()
                 _build(stack[-1], state)
                 budget -= _size(stack[-1])
+            case "BINPERSID":
+                stack.append(dialect.persistent(stack.pop()))
             case other:
-                raise _Refused(f"refused: the pickle has the instruction {other}, which plain data does not need")
+                raise Refused(f"refused: the pickle has the instruction {other}, which plain data does not need")
         if budget < 0:
-            raise _Refused("refused: its arrays hold more than the file does")
+            raise Refused("refused: its arrays hold more than the file does")
     raise ValueError("it does not end")
 
 
-def _name(module: Any, name: Any) -> _Name:
+def _name(dialect: Dialect, module: Any, name: Any) -> Name:
     if not (isinstance(module, str) and isinstance(name, str)):
         raise TypeError("a name that is no text")
-    if (module, name) not in _KNOWN:
+    if (module, name) not in _KNOWN and (module, name) not in dialect.names:
         wanted = ascii(f"{module}.{name}"[:100])
-        raise _Refused(f"refused: the pickle asks for {wanted}; only arrays of numbers and plain data are read")
-    return _Name(module, name)
+        raise Refused(f"refused: the pickle asks for {wanted}; only arrays of numbers and plain data are read")
+    return Name(module, name)
 
 
-def _made(function: Any, args: Any) -> Any:
+def _made(dialect: Dialect, function: Any, args: Any) -> Any:
     """What the call of a known name stands for."""
-    if not isinstance(function, _Name) or not isinstance(args, tuple):
-        raise _Refused("refused: the pickle calls something that is no known name")
+    if not isinstance(function, Name) or not isinstance(args, tuple):
+        raise Refused("refused: the pickle calls something that is no known name")
     key = function.key
-    if key in _RECONSTRUCT and len(args) == 3 and args[0] == _Name(*_NDARRAY):
+    if key in dialect.names:
+        return dialect.made(key, args)
+    if key in _RECONSTRUCT and len(args) == 3 and args[0] == Name(*_NDARRAY):
         return np.empty(0, np.float32)  # filled by the BUILD that follows
     if key == _DTYPE and args and isinstance(args[0], str):
         if not _NUMBERS.fullmatch(args[0]):
-            raise _Refused(f"refused: an array of {args[0][:20]!a}; only arrays of numbers are read")
+            raise Refused(f"refused: an array of {args[0][:20]!a}; only arrays of numbers are read")
         return _Numbers(args[0])
     if key in _SCALAR and len(args) == 2 and isinstance(args[0], _Numbers):
         return _array((), args[0], False, args[1])[()]
@@ -226,24 +271,22 @@ def _made(function: Any, args: Any) -> Any:
         return b""
     if key == _ENCODE and len(args) == 2 and isinstance(args[0], str) and args[1] == "latin1":
         return args[0].encode("latin-1")
-    raise _Refused(
-        f"refused: the pickle calls {function.module}.{function.name} in a way that plain data does not need"
-    )
+    return Dialect().made(key, args)
 
 
 def _build(target: Any, state: Any) -> None:
     """Gives a thing just made its state, as `__setstate__` would."""
     if isinstance(target, np.ndarray) and isinstance(state, tuple) and len(state) == 5:
-        value = _array(state[1], state[2], state[3], state[4])
+        made = _array(state[1], state[2], state[3], state[4])
         # In place, for the memo may hold it. NumPy checks the sizes; type and length are checked above.
         order: Any = bool(state[3])
-        target.__setstate__((1, value.shape, value.dtype, order, value.tobytes("F" if order else "C")))
+        target.__setstate__((1, made.shape, made.dtype, order, made.tobytes("F" if order else "C")))
     elif isinstance(target, _Numbers) and isinstance(state, tuple) and len(state) >= 5 and state[2:5] == (None,) * 3:
         if state[1] not in ("<", ">", "|", "="):
-            raise _Refused("refused: a byte order that is none")
+            raise Refused("refused: a byte order that is none")
         target.order = state[1]
     elif not isinstance(target, dict):  # the attributes of a dict (AttrDict's __immutable__) are of no use
-        raise _Refused(f"refused: the pickle sets the state of a {type(target).__name__}")
+        raise Refused(f"refused: the pickle sets the state of a {type(target).__name__}")
 
 
 def _array(shape: Any, numbers: Any, fortran: Any, data: Any) -> np.ndarray:
@@ -251,11 +294,11 @@ def _array(shape: Any, numbers: Any, fortran: Any, data: Any) -> np.ndarray:
     if isinstance(data, str):  # Python 2
         data = data.encode("latin-1")
     if not (isinstance(numbers, _Numbers) and isinstance(data, bytes) and isinstance(shape, tuple)):
-        raise _Refused("refused: an array of objects or of unknown layout; only arrays of numbers are read")
+        raise Refused("refused: an array of objects or of unknown layout; only arrays of numbers are read")
     if not all(type(n) is int and n >= 0 for n in shape) or len(shape) > 32:
-        raise _Refused(f"refused: an array of shape {shape!r}")
+        raise Refused(f"refused: an array of shape {shape!r}")
     if math.prod(shape) * numbers.dtype.itemsize != len(data):
-        raise _Refused(f"damaged: an array of shape {shape!r} and {numbers.code} in {len(data)} bytes")
+        raise Refused(f"damaged: an array of shape {shape!r} and {numbers.code} in {len(data)} bytes")
     flat = np.frombuffer(data, numbers.dtype).astype(numbers.dtype.newbyteorder("="))
     return flat.reshape(shape, order="F" if fortran else "C")
 
@@ -264,11 +307,11 @@ def _set(target: Any, pairs: list[Any]) -> dict[Any, Any]:
     """Sets keys and values that alternate."""
     if not isinstance(target, dict) or len(pairs) % 2:
         raise TypeError("items for what is no dict")
-    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+    for key, item in zip(pairs[::2], pairs[1::2], strict=True):
         # Nested tuples take exponentially long to hash.
         if not isinstance(key, str | int | float | bytes | None):
-            raise _Refused(f"refused: a key that is a {type(key).__name__}")
-        target[key] = _value(value)
+            raise Refused(f"refused: a key that is a {type(key).__name__}")
+        target[key] = value(item)
     return target
 
 
@@ -278,30 +321,35 @@ def _list(target: Any) -> list[Any]:
     return target
 
 
-def _pair(value: Any) -> tuple[Any, Any]:
-    key, item = value
+def _pair(given: Any) -> tuple[Any, Any]:
+    key, item = given
     return key, item
 
 
-def _value(value: Any) -> Any:
-    """A value that may stand in the result: no mark and no name, which only the arguments of a call may hold."""
-    for part in value if isinstance(value, tuple) else (value,):
-        if part is _Mark or isinstance(part, _Name | _Numbers):
-            raise _Refused("refused: a class or function stands where data should")
-    return value
+def value(given: Any) -> Any:
+    """A value that may stand in the result: no mark and no `Part`."""
+    for part in given if isinstance(given, tuple) else (given,):
+        if part is _Mark or isinstance(part, Part):
+            raise Refused("refused: a class or function stands where data should")
+    return given
 
 
 def _tuple(values: list[Any]) -> tuple[Any, ...]:
-    """A tuple, maybe of arguments: names directly in it and no deeper, so that `_value` need not look deeper."""
-    for value in values:
-        if isinstance(value, tuple):
-            _value(value)
+    """A tuple, maybe of arguments: names directly in it and no deeper, so that `value` need not look deeper."""
+    for item in values:
+        if isinstance(item, tuple):
+            value(item)
     return tuple(values)
 
 
-def _size(value: Any) -> int:
-    return value.nbytes if isinstance(value, np.ndarray) else len(value) if isinstance(value, bytes) else 0
+def _size(made: Any, known: bool = False) -> int:
+    """Bytes of memory that something just made takes. A dialect's own arrays are views of what its parts hold."""
+    if isinstance(made, Part):
+        return int(getattr(made, "nbytes", 0))
+    if isinstance(made, np.ndarray) and not known:
+        return made.nbytes
+    return len(made) if isinstance(made, bytes) else 0
 
 
 def _values(values: list[Any]) -> list[Any]:
-    return [_value(v) for v in values]
+    return [value(v) for v in values]

@@ -4,13 +4,21 @@ MODEL/model.safetensors   the weights
 MODEL/config.yaml         the resolved configuration
 MODEL/anchors.json        the anchor poses and their skeleton
 MODEL/model.json          versions, metrics, training data, id
+
+    python -m lcrnet.weights FILE [PART ...] [--out FOLDER]
+
+says what a file of other people's weights is (legacy.py), what it needs and what it lacks, or what a model folder is.
+PART: more files of the same model (anchor poses, PPI's parameters, configuration). --out writes a whole detector as a
+model folder. FILE may be a URL, https://HOST/FILE#sha256=HEX.
 """
 
 from __future__ import annotations
 
+import argparse
 import hashlib
 import json
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +27,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lcrnet
-from lcrnet import anchors, config
-from lcrnet.config import UserError
+from lcrnet import anchors, config, legacy
+from lcrnet.config import Config, UserError
+from lcrnet.imports import BODY, Imported
 from lcrnet.model import LCRNet, build
 
 FORMAT = 1
@@ -67,6 +76,64 @@ def fill(model: LCRNet, folder: str | os.PathLike[str], strict: bool) -> list[st
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file}: not readable: {error}") from None
+    misfit = _fill(model, tensors)
+    if strict and misfit:
+        raise UserError(f"{file}: does not fit its configuration: {'; '.join(misfit[:5])} ({len(misfit)} in all)")
+    return misfit
+
+
+def start(model: LCRNet, source: str) -> list[str]:
+    """Fills a model that is about to be trained from a model folder or a file of other people's weights (legacy.load).
+
+    -> lines on what did not fit and starts at random. UserError: the model's configuration computes something else
+    with these weights than they were trained for; it names the fields.
+    """
+    if Path(source).is_dir():
+        return fill(model, source, strict=False)
+    found = legacy.load(source)
+    differ = {name: _argument(value) for name, value in found.needs.items() if not _agrees(model.config, name, value)}
+    if must := " ".join(f"--{name} {value}" for name, value in differ.items() if name in BODY):
+        raise UserError(f"train.init: {source}: {legacy.KINDS[found.report.kind]} needs {must}")
+    tensors = found.tensors
+    own = model.state_dict()
+    # Stage 5 of a body trained on ImageNet goes wherever this network has its own.
+    for one, other in (("box_head.layer4.", "body.layer4."), ("body.layer4.", "box_head.layer4.")):
+        if not any(name.startswith(one) for name in own):
+            tensors = {name.replace(one, other, 1) if name.startswith(one) else name: t for name, t in tensors.items()}
+    misfit = _fill(model, tensors)
+    return [
+        *(
+            f"{name} {value} is what the weights were trained with"
+            for name, value in differ.items()
+            if name[:3] != "ppi"
+        ),
+        *misfit,
+        *(f"{name}: left over" for name in found.report.left_over),
+    ]
+
+
+def anchors_of(source: str) -> anchors.AnchorPoses | None:
+    """The anchor poses of what `start` takes; None if the weights come without."""
+    if Path(source).is_dir():
+        return anchors.load(Path(source) / "anchors.json")
+    return legacy.load(source).anchors
+
+
+def _agrees(config: Config, name: str, value: Any) -> bool:
+    section, _, field = name.partition(".")
+    own = getattr(getattr(config, section), field)
+    if isinstance(own, tuple):
+        return len(own) == len(value) and all(abs(a - b) < 1e-6 for a, b in zip(own, value, strict=True))
+    return bool(own == value)
+
+
+def _argument(value: Any) -> str:
+    text = json.dumps(list(value) if isinstance(value, tuple) else value)
+    return f"'{text}'" if isinstance(value, tuple) else text.strip('"')
+
+
+def _fill(model: LCRNet, tensors: dict[str, torch.Tensor]) -> list[str]:
+    """Loads what fits; the lines say what does not."""
     own = model.state_dict()
     misfit = [
         *(f"{name}: not in the file" for name in own if name not in tensors),
@@ -77,8 +144,6 @@ def fill(model: LCRNet, folder: str | os.PathLike[str], strict: bool) -> list[st
             if name in tensors and own[name].shape != tensors[name].shape
         ),
     ]
-    if strict and misfit:
-        raise UserError(f"{file}: does not fit its configuration: {'; '.join(misfit[:5])} ({len(misfit)} in all)")
     model.load_state_dict({k: v for k, v in tensors.items() if k in own and own[k].shape == v.shape}, strict=False)
     return misfit
 
@@ -104,3 +169,54 @@ def model_id(folder: str | os.PathLike[str]) -> str:
         except OSError as error:
             raise UserError(f"{folder}: not a model folder: {name}: {error.strerror}") from None
     return digest.hexdigest()[:16]
+
+
+def describe(found: Imported, file: str) -> str:
+    """What a file is, what it needs and what it lacks, for a person."""
+    report = found.report
+    size = sum(t.numel() for t in found.tensors.values()) / 1e6
+    counts = f"{len(report.matched)} are ours, {len(report.left_over)} left over; {len(report.missing)} of ours missing"
+    lines = [f"{file}: {report.kind}: {legacy.KINDS[report.kind]}",
+             f"{found.config.model.backbone}, {size:.1f} M numbers; of its tensors {counts}"]  # fmt: skip
+    if found.anchors is not None:
+        lines.append(f"{len(found.anchors)} anchor poses ({found.anchors.skeleton.name})")
+    lines += ["", "It needs:", *(f"  {name}: {_argument(value)}" for name, value in found.needs.items())]
+    lines += ["", *(f"Note: {note}" for note in report.notes)] if report.notes else []
+    for title, those in (("Left over", report.left_over), ("Missing", report.missing)):
+        if those:
+            some = those[:20]
+            lines += ["", f"{title}:", *(f"  {name[:120]!a}"[:124] for name in some)]
+            lines += [f"  ... and {len(those) - len(some)} more"] if len(those) > len(some) else []
+    lines += ["", "A whole detector: --out FOLDER writes it as a model folder." if found.model is not None
+              else f"No whole detector: --train.init {file} starts a training from it."]  # fmt: skip
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m lcrnet.weights", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("file", metavar="FILE", help="weights, or a model folder")
+    parser.add_argument("parts", metavar="PART", nargs="*", help="more files of the same model")
+    parser.add_argument("--out", metavar="FOLDER", help="writes a whole detector as a model folder")
+    args = parser.parse_args(argv)
+    if Path(args.file).is_dir():
+        if args.out:
+            raise UserError(f"{args.file}: a model folder already")
+        print(f"{args.file}: a model folder of this program")
+        print(json.dumps(read_about(args.file), indent=1))
+        return 0
+    if args.out and Path(args.out).exists():
+        raise UserError(f"--out {args.out}: is there already")
+    found = legacy.load(args.file, parts=args.parts)
+    print(describe(found, args.file))
+    if args.out:
+        if found.model is None:
+            raise UserError(f"{args.file}: no whole detector, so no model folder (see above what it lacks)")
+        save(found.model, args.out, {"from": {"file": Path(args.file.split("#")[0]).name, "kind": found.report.kind}})
+        print(f"wrote {args.out}")
+    return 0
+
+
+if __name__ == "__main__":
+    config.run(main)

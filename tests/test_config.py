@@ -33,7 +33,8 @@ REFUSED = [  # (overrides as on a command line, what the line must say)
     ({"rpn.sizes": "[1, 2"}, "rpn.sizes: '[1, 2' is not YAML"),
     ({"rpn.sizes": "[16, -1]"}, "rpn.sizes.1: input should be greater than 0, not -1"),
     ({"model.backbone": "resnet5"}, "'resnet5' is not one of tiny, resnet18, resnet34, resnet50, resnet101, resnet152,"
-                                    " resnext101_32x8d, resnext101_64x4d, resnext152_32x8d, vgg16; did you mean 'resnet50'?"),
+                                    " resnext101_32x8d, resnext101_64x4d, resnext152_32x8d, vgg16; did you mean"
+                                    " 'resnet50'?"),
     ({"ppi.iou_func": "torsohedLR"}, "did you mean 'torsoheadLR'?"),
     ({"train.lr": "0", "train.batch": "0"}, "train.batch: "),
     # one field against another

@@ -9,7 +9,9 @@ import pytest
 
 # Arrow by arrow: the modules of lcrnet that a module may import. `config` and `skeleton` are everybody's.
 # Beyond DESIGN.md's table: `model` has `detect`, so it knows images and PPI; `annotations` (a COCO file in
-# memory) outgrew `coco`, `unpickle` outgrew `weights`, `body` (joint angles and measures) outgrew `synthetic`.
+# memory) outgrew `coco`, `unpickle` outgrew `weights`, and so did `legacy` (other people's weights, with its
+# `torchfile`, `fetch`, `names` and `imports`: file formats, URLs, names of tensors, conventions), `body` (joint angles
+# and measures) outgrew `synthetic`; `detectron` (its YAML as our configuration) has its table of keys beside it.
 MAY_IMPORT = {
     "skeleton": "",
     "config": "",
@@ -26,7 +28,12 @@ MAY_IMPORT = {
     "heads": "ops anchors pose rpn",
     "ppi": "ops pose",
     "model": "backbone rpn heads ops ppi image pose anchors",
-    "weights": "model anchors unpickle",
+    "torchfile": "unpickle",
+    "fetch": "",
+    "names": "",
+    "imports": "model anchors",
+    "legacy": "imports names torchfile fetch detectron anchors backbone",
+    "weights": "model anchors imports legacy",
     "annotations": "pose",
     "labels": "pose",
     "coco": "annotations labels pose",
@@ -37,6 +44,9 @@ MAY_IMPORT = {
     "evaluate": "pose image annotations coco ppi",
     "train": "dataset model optim evaluate weights anchors",
     "annotate": "image labels model ppi weights pose",
+    "detectron_keys": "",
+    "detectron": "detectron_keys",
+    "export": "image weights model pose rpn",
 }
 ROOT = Path(__file__).resolve().parent.parent
 
