@@ -105,8 +105,8 @@ ROI_HD void roi_cells(const Span<T>& s, int i, int cells, int& first, int& last)
   last = int(high < 0 ? 0 : high > cells ? cells : high);
 }
 
-// RoICrop: point `i` of `points` from `low` to `high`, both included (one point: the middle) -> the cells it lies between
-// and their weights. Returns how many of them are in the map; none for a point that is not finite.
+// RoICrop: point `i` of `points` from `low` to `high`, both included (one point: the middle) -> the cells it lies
+// between and their weights. Returns how many of them are in the map; none for a point that is not finite.
 template <class T>
 ROI_HD int roi_point(T low, T high, T scale, int i, int points, int cells, int* at, T* weight) {
   T share = points > 1 ? T(i) / T(points - 1) : T(0.5);

@@ -99,8 +99,8 @@ INLINE void turn(T* to, const T* from, int64_t to_stride, int64_t from_stride) {
   for (int i = 0; i < n; i++) memcpy(to + i * to_stride, &v[i], sizeof(V));
 }
 
-// to (columns, rows) <- from (rows, columns), along the lines of `to` or of `from`: of what is not in the cache. The last
-// tile of a line overlaps the one before.
+// to (columns, rows) <- from (rows, columns), along the lines of `to` or of `from`, of what is not in the cache. The
+// last tile of a line overlaps the one before.
 enum Along { kTo, kFrom };
 template <Along along, class T>
 void transpose(T* to, const T* from, int64_t rows, int64_t columns, int64_t to_stride, int64_t from_stride) {
@@ -124,8 +124,8 @@ void transpose(T* to, const T* from, int64_t rows, int64_t columns, int64_t to_s
   }
 }
 
-// block (cells, a.block) <- a task's channels of an image, or of a region's output: `at` (image or region), with `cells`
-// cells each.
+// block (cells, a.block) <- a task's channels of one image, or of one region's gradient: number `at` of those that have
+// `cells` each.
 template <class T>
 void gather(const Regions& a, const Task& task, T* block, const void* all, int64_t at, int64_t cells) {
   const T* from = static_cast<const T*>(all) + at * cells * a.channels;

@@ -50,8 +50,8 @@ struct Call : Regions {
 
 }  // namespace
 
-at::Tensor one_map_forward(const char* name, const at::Tensor& map, const at::Tensor& rois, double scale, int64_t height,
-                           int64_t width, bool max_pool, Forward regions, Forward planes) {
+at::Tensor one_map_forward(const char* name, const at::Tensor& map, const at::Tensor& rois, double scale,
+                           int64_t height, int64_t width, bool max_pool, Forward regions, Forward planes) {
   Call call(name, map, rois, scale, height, width, max_pool);
   at::Tensor out = fresh({call.count, call.channels, height, width}, map.options(), call.format);
   void* to = out.mutable_data_ptr();

@@ -1,5 +1,5 @@
-// RoICrop: points between four cells, whose channels are contiguous and go through vector registers. With max_pool the four
-// points of an output stay in registers, and the backward pass computes them again to see which was the greatest.
+// RoICrop: points between four cells, whose channels are contiguous and go through vector registers. With max_pool the
+// four points of an output stay there, and the backward pass computes them again to see which was the greatest.
 #include "roi_crop.h"
 
 #include "../roi.h"
@@ -191,13 +191,14 @@ INLINE void give_greatest(S* sum, const T* map, const T* grad, int64_t row, int6
   }
 }
 
-// One task owns a block of channels of an image and takes its regions in their order: no two threads ever add to the same
-// number, and the order of the sums does not depend on the number of threads.
+// One task owns a block of channels of an image and takes its regions in their order: no two threads ever add to the
+// same number, and the order of the sums does not depend on the number of threads.
 template <class T>
 void backward(const Regions& a, const void* grad, void* output, int64_t begin, int64_t end) {
   typedef typename Of<T>::S S;
   constexpr int n = Of<T>::n;
-  int64_t outputs = int64_t(a.height) * a.width, cells = int64_t(a.rows) * a.columns, row = int64_t(a.columns) * a.block;
+  int64_t outputs = int64_t(a.height) * a.width, cells = int64_t(a.rows) * a.columns;
+  int64_t row = int64_t(a.columns) * a.block;
   Memory memory((2 * int64_t(sizeof(S)) * cells + int64_t(sizeof(T)) * outputs) * a.block + bytes<S>(a));
   auto down = memory.take<Point<S>>(2 * a.height), across = memory.take<Point<S>>(2 * a.width);
   T* block = memory.take<T>(a.max_pool ? cells * a.block : 0);

@@ -31,7 +31,7 @@ bool bins_of(const Regions& a, int64_t region, Bins& down, Bins& across) {
 // Where a bin's maximum begins, as in torchvision, for all types: what is not above it (NaN, -inf) is no maximum.
 constexpr float kLeast = -FLT_MAX;
 
-// The maxima of the bin of `rows` x `columns` cells at `cell`, for K vectors of channels; with K = 1 for `count` channels.
+// The maxima of the bin of `rows` x `columns` cells at `cell`, for K vectors of channels, or (K = 1) `count` channels.
 template <int K, class T, class V>
 INLINE void most(V* m, const T* cell, int64_t row, int64_t column, int rows, int columns,
                  int count = Of<T>::n) {
@@ -144,8 +144,8 @@ INLINE void give(S* sum, const T* cell, const T* grad, int64_t row, int64_t colu
       }
 }
 
-// One task owns a block of channels of an image and takes its regions in their order: no two threads ever add to the same
-// number, and the order of the sums does not depend on the number of threads.
+// One task owns a block of channels of an image and takes its regions in their order: no two threads ever add to the
+// same number, and the order of the sums does not depend on the number of threads.
 template <class T>
 void backward(const Regions& a, const void* grad, void* output, int64_t begin, int64_t end) {
   typedef typename Of<T>::S S;

@@ -10,9 +10,9 @@
 
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-// Bytes of a vector. NATIVE: what a register holds; the compiler keeps wider ones in memory, and compares them number by
-// number, which makes loops of level v3 4 to 20 times slower. A file asks for it by #define WIDTH NATIVE before it includes
-// this one.
+// Bytes of a vector. NATIVE: what a register holds; the compiler keeps wider ones in memory, and compares them number
+// by number, which makes loops of level v3 4 to 20 times slower. A file asks for it by #define WIDTH NATIVE before it
+// includes this one.
 #if defined(__AVX512F__)
 #define NATIVE 64
 #elif defined(__AVX__)
