@@ -6,6 +6,7 @@
 #include <cstdlib>
 
 #include "../roi.h"
+#define WIDTH NATIVE
 #include "vec.h"
 
 namespace LEVEL {
