@@ -9,7 +9,7 @@
 inline void check_group_poses(const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d,
                               const at::Tensor& legs, const at::Tensor& lower, const std::optional<at::Tensor>& boxes,
                               const std::optional<at::Tensor>& points, const std::optional<at::Tensor>& swapped,
-                              const std::optional<at::Tensor>& limit, double th_iou, int64_t max_people) {
+                              const std::optional<at::Tensor>& centres, const std::optional<at::Tensor>& limit, double th_iou, int64_t max_people) {
   auto check = [&](const char* name, const at::Tensor& t, at::ScalarType type, at::IntArrayRef shape) {
     TORCH_CHECK(t.scalar_type() == type, "group_poses: ", name, " is ", type, ", not ", t.scalar_type());
     TORCH_CHECK(t.sizes() == shape, "group_poses: ", name, " has shape ", shape, ", not ", t.sizes());
@@ -27,8 +27,8 @@ inline void check_group_poses(const at::Tensor& score, const at::Tensor& pose2d,
   check("lower", lower, at::kBool, {J});
   TORCH_CHECK(max_people >= 0, "group_poses: max_people is at least 0, not ", max_people);
   TORCH_CHECK(boxes.has_value() != points.has_value() && points.has_value() == limit.has_value() &&
-                  (points || !swapped),
-              "group_poses: either boxes, or points and limit (and swapped)");
+                  (points || !swapped) && (swapped || !centres),
+              "group_poses: either boxes, or points and limit (and swapped, and centres)");
   if (boxes) {
     check("boxes", *boxes, at::kDouble, {B, N, 4});
     TORCH_CHECK(th_iou >= 0, "group_poses: th_iou is at least 0, not ", th_iou);
@@ -38,5 +38,6 @@ inline void check_group_poses(const at::Tensor& score, const at::Tensor& pose2d,
     check("points", *points, at::kFloat, {B, N, points->size(2), 2});
     check("limit", *limit, at::kDouble, {B, N});
     if (swapped) check("swapped", *swapped, at::kFloat, points->sizes());
+    if (centres) check("centres", *centres, at::kFloat, points->sizes());
   }
 }

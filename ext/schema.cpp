@@ -30,6 +30,7 @@ DEFINE(LIBRARY, m) {
 
   m.def(
       "group_poses(Tensor score, Tensor pose2d, Tensor pose3d, Tensor legs, Tensor lower, Tensor? boxes, Tensor? points, "
-      "Tensor? swapped, Tensor? limit, float th_iou, float th_pose3d, float min_mode_score, float th_persondetect, "
-      "int max_people) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
+      "Tensor? swapped, Tensor? centres, Tensor? limit, float th_iou, float th_pose3d, float min_mode_score, "
+      "float th_persondetect, int max_people) "
+      "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

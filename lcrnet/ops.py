@@ -176,6 +176,7 @@ class PeopleFound(NamedTuple):
     best (B, P)           int64: the best of them, its place among the N; -1 where there is no person
     person (B, N)         int64: into which of the P a proposal was merged; -1: into none
     total (B,)            int64: people found, who may be more than P
+    dropped (B,)          int64: proposals left out for a number that is not finite
     """
 
     mass: Tensor
@@ -186,6 +187,7 @@ class PeopleFound(NamedTuple):
     best: Tensor
     person: Tensor
     total: Tensor
+    dropped: Tensor
 
 
 def group_poses(
@@ -201,6 +203,7 @@ def group_poses(
     boxes: Tensor | None = None,
     points: Tensor | None = None,
     swapped: Tensor | None = None,
+    centres: Tensor | None = None,
     limit: Tensor | None = None,
     legs: Tensor | None = None,
     lower: Tensor | None = None,
@@ -215,11 +218,12 @@ def group_poses(
     points, limit   (B, N, Q, 2), (B, N): ... where the mean distance of p's points from those of the centre c is below
                     the limit of c
     swapped         (B, N, Q, 2): the points with left and right exchanged; the smaller distance of the two counts
+    centres         (B, N, Q, 2): the points of the centre that `swapped` is compared with, where not `points`
     legs            (B, N): the weight of the joints of `lower`, above 0; without it 1
     lower           (J,) bool
     th_pose3d       metres: mean distance of the joints below which a proposal belongs to the mode of a centre
     min_mode_score  score of the centre of a further mode
-    th_persondetect mass of a person
+    th_persondetect a person's mass is above it
     max_people      P
 
     "Best" is the highest score; of equals the first. A proposal with a number that is not finite counts as none.
@@ -235,7 +239,8 @@ def group_poses(
     lower = torch.zeros(pose3d.shape[2], dtype=torch.bool, device=score.device) if lower is None else lower
     out = _operator("group_poses", score)(
         *(ready(t, single) for t in (score, pose2d, pose3d, legs)), lower, ready(boxes, double), ready(points, single),
-        ready(swapped, single), ready(limit, double), th_iou, th_pose3d, min_mode_score, th_persondetect, max_people,
+        ready(swapped, single), ready(centres, single), ready(limit, double), th_iou, th_pose3d, min_mode_score,
+        th_persondetect, max_people,
     )  # fmt: skip
     return PeopleFound(*out)
 

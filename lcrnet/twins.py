@@ -200,6 +200,7 @@ def group_poses(
     boxes: Tensor | None,
     points: Tensor | None,
     swapped: Tensor | None,
+    centres: Tensor | None,
     limit: Tensor | None,
     th_iou: float,
     th_pose3d: float,
@@ -212,8 +213,9 @@ def group_poses(
     mass, support = score.new_zeros(images, max_people), score.new_zeros(images, max_people, dtype=torch.int64)
     mean2d, mean3d, spread = (mass.new_zeros(*mass.shape, joints, *d) for d in [(2,), (3,), ()])
     best, count, person = support - 1, support.new_zeros(images), support.new_full((images, proposals), -1)
-    given = [t for t in (score, pose2d, pose3d, legs, boxes, points, swapped, limit) if t is not None]
-    usable = torch.stack([t[..., None].isfinite().flatten(2).all(2) for t in given]).all(0) & (score > 0)
+    given = [t for t in (score, pose2d, pose3d, legs, boxes, points, swapped, centres, limit) if t is not None]
+    finite = torch.stack([t[..., None].isfinite().flatten(2).all(2) for t in given]).all(0)
+    usable, dropped = finite & (score > 0), (~finite & ~(score.isfinite() & (score <= 0))).sum(1)
     for b in range(images):
         rows = usable[b].nonzero()[:, 0]
         rows = rows[score[b, rows].argsort(descending=True, stable=True)]
@@ -225,8 +227,8 @@ def group_poses(
             if boxes is not None:
                 return _iou(boxes[b, others], boxes[b, centre]) > th_iou
             assert points is not None and limit is not None
-            centre_points = points[b, centre].double()
-            apart = [_apart(p[b, others].double(), centre_points) for p in (points, swapped) if p is not None]
+            pairs = [(points, points), (swapped, points if centres is None else centres)]
+            apart = [_apart(p[b, others].double(), c[b, centre].double()) for p, c in pairs if p is not None]
             return torch.stack(apart).amin(0) < limit[b, centre]
 
         people = []
@@ -235,7 +237,7 @@ def group_poses(
             member = overlap(left)
             member[0] = True
             heaviest, members = _heaviest_mode(left[member], weight, pose, th_pose3d, min_mode_score)
-            if heaviest >= th_persondetect:
+            if heaviest > th_persondetect:
                 people.append((heaviest, members))
             left = left[~member]
         people.sort(key=lambda one: -one[0])  # of equals the first stays first
@@ -248,7 +250,7 @@ def group_poses(
             mean = (trust[..., None] * pose[members]).sum(0)
             mean2d[b, p] = (trust[..., None] * pose2d[b, who].double()).sum(0).float()
             mean3d[b, p], spread[b, p] = mean.float(), (trust * (pose[members] - mean).norm(dim=-1)).sum(0).float()
-    return mass, mean2d, mean3d, spread, support, best, person, count
+    return mass, mean2d, mean3d, spread, support, best, person, count, dropped
 
 
 def _heaviest_mode(

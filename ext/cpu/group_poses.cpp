@@ -18,7 +18,7 @@ struct Call {
   int64_t proposals, most;
   double th_iou, th_pose3d, min_mode_score, th_persondetect;
   float *mass, *pose2d, *pose3d, *spread;
-  int64_t *support, *best, *person, *count;
+  int64_t *support, *best, *person, *count, *dropped;
 };
 
 // Memory as it comes, aligned for vectors.
@@ -67,6 +67,7 @@ struct Ranks {
   const double* boxes;
   std::vector<int64_t> row;
   std::vector<float> score;
+  int64_t dropped = 0;  // proposals with a number that is not finite
 
   Ranks(const Call& call, int64_t image) : a(call.all) {
     int64_t n = call.proposals, first = image * n;
@@ -76,13 +77,18 @@ struct Ranks {
     a.legs += first;
     if (a.at) a.at += first * 2 * a.points;
     if (a.swapped) a.swapped += first * 2 * a.points;
+    if (a.centres) a.centres += first * 2 * a.points;
     if (a.limit) a.limit += first;
     boxes = call.boxes ? call.boxes + 4 * first : nullptr;
 
     std::vector<uint64_t> items;
     items.reserve(n);
     for (int64_t i = 0; i < n; i++) {
-      if (!(scores[i] > 0) || !usable(scores[i], i)) continue;
+      if (scores[i] <= 0 && std::isfinite(scores[i])) continue;
+      if (!usable(scores[i], i)) {
+        dropped++;
+        continue;
+      }
       uint32_t bits;
       memcpy(&bits, scores + i, 4);
       items.push_back(uint64_t(~bits) << 32 | uint64_t(i));  // positive floats are ordered as their bits are
@@ -104,6 +110,7 @@ struct Ranks {
                 finite(a.pose3d + i * 3 * a.joints, 3 * a.joints);
     if (a.at) fine = fine && finite(a.at + i * 2 * a.points, 2 * a.points) && std::isfinite(a.limit[i]);
     if (a.swapped) fine = fine && finite(a.swapped + i * 2 * a.points, 2 * a.points);
+    if (a.centres) fine = fine && finite(a.centres + i * 2 * a.points, 2 * a.points);
     for (int d = 0; boxes && d < 4; d++) fine = fine && std::isfinite(boxes[4 * i + d]);
     return fine;
   }
@@ -211,8 +218,11 @@ struct Places {
       seeks = rectangle(a.row[r]);
     } else {
       seeks = mean(a.at, a.row[r]);
+      if (a.centres) seeks = join(seeks, mean(a.centres, a.row[r]));
       double reach = std::max(a.limit[a.row[r]], 0.0);
-      reach += 1e-9 * (reach + std::abs(seeks.left) + std::abs(seeks.top));  // for rounding
+      double size = std::max(std::max(std::abs(seeks.left), std::abs(seeks.right)),
+                             std::max(std::abs(seeks.top), std::abs(seeks.bottom)));
+      reach += 2e-9 * (reach + size);  // for rounding
       seeks = {seeks.left - reach, seeks.top - reach, seeks.right + reach, seeks.bottom + reach};
     }
     c.left = float(seeks.left);
@@ -290,7 +300,7 @@ void image(const Call& call, int64_t b) {
       bits.resize(4 * room);
     }
     Mode mode = best_mode(a, group.data(), m, call.th_pose3d, call.min_mode_score, poses, bits.data());
-    if (!(mode.mass >= call.th_persondetect)) continue;
+    if (!(mode.mass > call.th_persondetect)) continue;
     people.push_back({mode.mass, int64_t(members.size()), mode.count});
     for (int64_t k = 0; k < m; k++)
       if (mode.member[k / 16] >> k % 16 & 1) members.push_back(group[k]);
@@ -298,6 +308,7 @@ void image(const Call& call, int64_t b) {
   std::stable_sort(people.begin(), people.end(), [](const Found& x, const Found& y) { return x.mass > y.mass; });
 
   call.count[b] = int64_t(people.size());
+  call.dropped[b] = ranks.dropped;
   auto merge = PICK(group_poses_merge);
   Array<double> sum(8 * J);
   for (int64_t p = 0; p < std::min(call.most, int64_t(people.size())); p++) {
@@ -313,17 +324,21 @@ void image(const Call& call, int64_t b) {
 
 typedef std::optional<at::Tensor> Maybe;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> group_poses(
+typedef at::Tensor T;
+
+std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
     const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d, const at::Tensor& legs,
-    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& limit,
-    double th_iou, double th_pose3d, double min_mode_score, double th_persondetect, int64_t max_people) {
-  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, limit, th_iou, max_people);
+    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& centres,
+    const Maybe& limit, double th_iou, double th_pose3d, double min_mode_score, double th_persondetect,
+    int64_t max_people) {
+  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, centres, limit, th_iou, max_people);
   int64_t B = score.size(0), N = score.size(1), J = lower.size(0), P = max_people;
   auto ready = [](const Maybe& t) { return t ? t->contiguous() : at::Tensor(); };
   auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   auto wide = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
   at::Tensor s = score.contiguous(), p2 = pose2d.contiguous(), p3 = pose3d.contiguous(), l = legs.contiguous();
   at::Tensor low = lower.contiguous(), b = ready(boxes), q = ready(points), x = ready(swapped), r = ready(limit);
+  at::Tensor z = ready(centres);
 
   auto fill = [&](at::IntArrayRef shape, at::ScalarType type, int value) {
     at::Tensor t = at::empty(shape, score.options().dtype(type));
@@ -333,16 +348,18 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor out3d = fill({B, P, J, 3}, at::kFloat, 0), spread = fill({B, P, J}, at::kFloat, 0);
   at::Tensor support = fill({B, P}, at::kLong, 0), best = fill({B, P}, at::kLong, -1);
   at::Tensor person = fill({B, N}, at::kLong, -1), count = fill({B}, at::kLong, 0);
+  at::Tensor dropped = fill({B}, at::kLong, 0);
   Call call = {{0, J, q.defined() ? q.size(2) : 0, nullptr, nullptr, data(p2), data(p3), data(l),
-                reinterpret_cast<const uint8_t*>(low.const_data_ptr<bool>()), data(q), data(x), wide(r)},
+                reinterpret_cast<const uint8_t*>(low.const_data_ptr<bool>()), data(q), data(x), data(z), wide(r)},
                data(s), wide(b), N, P, th_iou, th_pose3d, min_mode_score, th_persondetect,
                mass.mutable_data_ptr<float>(), out2d.mutable_data_ptr<float>(), out3d.mutable_data_ptr<float>(),
                spread.mutable_data_ptr<float>(), support.mutable_data_ptr<int64_t>(), best.mutable_data_ptr<int64_t>(),
-               person.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>()};
+               person.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(),
+               dropped.mutable_data_ptr<int64_t>()};
   at::parallel_for(0, B, 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; i++) image(call, i);
   });
-  return {mass, out2d, out3d, spread, support, best, person, count};
+  return {mass, out2d, out3d, spread, support, best, person, count, dropped};
 }
 
 }  // namespace

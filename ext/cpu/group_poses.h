@@ -16,6 +16,7 @@ struct Proposals {
   const uint8_t* lower;  // (J,)
   const float* at;       // by row: (Q, 2), where overlap is a distance of points; else null
   const float* swapped;  // by row: (Q, 2), or null
+  const float* centres;  // by row: what `swapped` of others is compared with, where that is not `at`; else null
   const double* limit;   // by row
 };
 

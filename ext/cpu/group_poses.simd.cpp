@@ -134,9 +134,10 @@ INLINE uint32_t meets(const Edges& e, int64_t first, const Centre& c) {
 
 uint32_t points_near(const Proposals& a, const Field& f, int64_t block, const Centre& c, const Bound& bound) {
   const float* centre = a.at + a.row[c.rank] * 2 * a.points;
+  const float* other = a.centres ? a.centres + a.row[c.rank] * 2 * a.points : centre;
   int64_t size = 32 * a.points;
   f32 first = distances<2>(f.at + block * size, centre, a.points, bound.over), second = first;
-  if (a.swapped) second = distances<2>(f.swapped + block * size, centre, a.points, bound.over);
+  if (a.swapped) second = distances<2>(f.swapped + block * size, other, a.points, bound.over);
   uint32_t sure = below(first, bound.sure) | below(second, bound.sure);
   uint32_t unsure = (below(first, bound.over) | below(second, bound.over)) & ~sure & f.alive[block];
   for (; unsure; unsure &= unsure - 1) {
@@ -144,7 +145,7 @@ uint32_t points_near(const Proposals& a, const Field& f, int64_t block, const Ce
     int64_t row = a.row[f.rank[16 * block + lane]];
     double limit = a.limit[a.row[c.rank]];
     if (near<2>(a.at + row * 2 * a.points, centre, a.points, limit) ||
-        (a.swapped && near<2>(a.swapped + row * 2 * a.points, centre, a.points, limit)))
+        (a.swapped && near<2>(a.swapped + row * 2 * a.points, other, a.points, limit)))
       sure |= 1u << lane;
   }
   return sure;

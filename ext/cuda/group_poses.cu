@@ -20,7 +20,7 @@ struct Inputs {
   const float *score, *pose2d, *pose3d, *legs;
   const bool* lower;
   const double* boxes;
-  const float *at, *swapped;
+  const float *at, *swapped, *centres;
   const double* limit;
   double th_iou, th_pose3d, min_mode_score, th_persondetect;
 };
@@ -28,6 +28,7 @@ struct Inputs {
 struct Outputs {
   float *mass, *pose2d, *pose3d, *spread;
   int64_t *support, *best, *person, *count;
+  unsigned long long* dropped;
 };
 
 // Memory on the way, N or more of each for an image. A proposal's rank is its place by falling score; groups are
@@ -92,28 +93,32 @@ __device__ bool overlap(const Inputs& in, int64_t p, int64_t c) {
     return both / (area + own - both) > in.th_iou;
   }
   int64_t size = 2 * in.points;
+  const float* other = in.centres ? in.centres : in.at;
   return near<2>(in.at + p * size, in.at + c * size, in.points, in.limit[c]) ||
-         (in.swapped && near<2>(in.swapped + p * size, in.at + c * size, in.points, in.limit[c]));
+         (in.swapped && near<2>(in.swapped + p * size, other + c * size, in.points, in.limit[c]));
 }
 
 // A warp a proposal: does it count?
-__global__ void present(Inputs in, Work work, int64_t* person) {
+__global__ void present(Inputs in, Work work, Outputs out) {
   int64_t i = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
   int lane = threadIdx.x % 32;
   if (i >= in.images * in.proposals) return;
-  bool fine = finite(in.score[i]) && in.score[i] > 0 && finite(in.legs[i]);
+  bool none = finite(in.score[i]) && in.score[i] <= 0;
+  bool fine = !none && finite(in.score[i]) && finite(in.legs[i]);
   for (int k = lane; k < 2 * in.joints; k += 32) fine = fine && finite(in.pose2d[i * 2 * in.joints + k]);
   for (int k = lane; k < 3 * in.joints; k += 32) fine = fine && finite(in.pose3d[i * 3 * in.joints + k]);
   for (int k = lane; k < 2 * in.points; k += 32) {
     fine = fine && finite(in.at[i * 2 * in.points + k]);
     if (in.swapped) fine = fine && finite(in.swapped[i * 2 * in.points + k]);
+    if (in.centres) fine = fine && finite(in.centres[i * 2 * in.points + k]);
   }
   if (in.boxes && lane < 4) fine = fine && finite(in.boxes[4 * i + lane]);
   if (in.limit) fine = fine && finite(in.limit[i]);
   fine = __all_sync(~0u, fine);
   if (lane == 0) {
     work.score[i] = fine ? in.score[i] : 0.f;
-    person[i] = -1;
+    out.person[i] = -1;
+    if (!fine && !none) atomicAdd(out.dropped + i / in.proposals, 1ull);
   }
 }
 
@@ -262,7 +267,7 @@ __global__ void modes(Inputs in, Work work, int share) {
         }
         c = mode.least;
       }
-    if (!(most >= in.th_persondetect)) most = -1;
+    if (!(most > in.th_persondetect)) most = -1;
     Both members = {0, m};
     if (most >= 0)
       for (int k = tid; k < m; k += blockDim.x) {
@@ -371,11 +376,14 @@ __global__ void merge(Inputs in, Work work, Outputs out) {
 
 typedef std::optional<at::Tensor> Maybe;
 
-std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor> group_poses(
+typedef at::Tensor T;
+
+std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
     const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d, const at::Tensor& legs,
-    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& limit,
-    double th_iou, double th_pose3d, double min_mode_score, double th_persondetect, int64_t max_people) {
-  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, limit, th_iou, max_people);
+    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& centres,
+    const Maybe& limit, double th_iou, double th_pose3d, double min_mode_score, double th_persondetect,
+    int64_t max_people) {
+  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, centres, limit, th_iou, max_people);
   GUARD(score);
   int64_t B = score.size(0), N = score.size(1), J = lower.size(0), P = max_people;
   auto empty = [&](at::IntArrayRef shape, at::ScalarType type) {
@@ -385,20 +393,24 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   at::Tensor mean3d = empty({B, P, J, 3}, at::kFloat), spread = empty({B, P, J}, at::kFloat);
   at::Tensor support = empty({B, P}, at::kLong), best = empty({B, P}, at::kLong);
   at::Tensor person = empty({B, N}, at::kLong), count = empty({B}, at::kLong);
-  if (B == 0) return {mass, mean2d, mean3d, spread, support, best, person, count};
+  at::Tensor dropped = empty({B}, at::kLong);
+  dropped.zero_();
+  if (B == 0) return {mass, mean2d, mean3d, spread, support, best, person, count, dropped};
 
   auto ready = [](const Maybe& t) { return t ? t->contiguous() : at::Tensor(); };
   auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   auto wide = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
   at::Tensor s = score.contiguous(), p2 = pose2d.contiguous(), p3 = pose3d.contiguous(), l = legs.contiguous();
   at::Tensor low = lower.contiguous(), bx = ready(boxes), q = ready(points), x = ready(swapped), r = ready(limit);
+  at::Tensor z = ready(centres);
   Inputs in = {B, int(N), int(J), q.defined() ? int(q.size(2)) : 0, int(P), data(s), data(p2), data(p3), data(l),
-               low.const_data_ptr<bool>(), wide(bx), data(q), data(x), wide(r), th_iou, th_pose3d, min_mode_score,
-               th_persondetect};
+               low.const_data_ptr<bool>(), wide(bx), data(q), data(x), data(z), wide(r), th_iou, th_pose3d,
+               min_mode_score, th_persondetect};
   Outputs out = {mass.mutable_data_ptr<float>(), mean2d.mutable_data_ptr<float>(), mean3d.mutable_data_ptr<float>(),
                  spread.mutable_data_ptr<float>(), support.mutable_data_ptr<int64_t>(),
                  best.mutable_data_ptr<int64_t>(), person.mutable_data_ptr<int64_t>(),
-                 count.mutable_data_ptr<int64_t>()};
+                 count.mutable_data_ptr<int64_t>(),
+                 reinterpret_cast<unsigned long long*>(dropped.mutable_data_ptr<int64_t>())};
 
   Work work;
   work.room = 2;
@@ -422,7 +434,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   work.best = take(N);
   work.person = take(N);
 
-  LAUNCH(present, blocks_of(B * N * 32, 256), 256, 0, in, work, out.person);
+  LAUNCH(present, blocks_of(B * N * 32, 256), 256, 0, in, work, out);
   int threads = int(std::min<int64_t>(1024, (N + 31) / 32 * 32 + 32));
   int64_t bytes = std::max(work.room <= kSorted ? 8 * int64_t(work.room) : 0, words <= kWords ? 4 * words : 0);
   LAUNCH(group, blocks_of(B, 1), threads, bytes, in, work);
@@ -433,7 +445,7 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tensor, at::Tenso
   int64_t warps = std::min<int64_t>(8, (96 << 10) / (56 * J));
   TORCH_CHECK(warps > 0, "group_poses: too many joints for a GPU: ", J);
   LAUNCH(merge, blocks_of(B * P, 1), 32 * warps, 56 * J * warps, in, work, out);
-  return {mass, mean2d, mean3d, spread, support, best, person, count};
+  return {mass, mean2d, mean3d, spread, support, best, person, count, dropped};
 }
 
 }  // namespace

@@ -74,7 +74,7 @@ def integrate(
         left = [i for i in left if i not in group]
         candidates = modes(group, score, pose3d, th_pose3D, min_mode_score)
         best = max(candidates, key=lambda members: sum(score[i] for i in members))
-        if sum(score[i] for i in best) >= th_persondetect:
+        if sum(score[i] for i in best) > th_persondetect:
             found.append(merge(best, score, anchor, pose2d, pose3d, upper_only))
     return sorted(found, key=lambda f: -f.mass)
 

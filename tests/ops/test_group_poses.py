@@ -42,11 +42,13 @@ def scene(seed: int, images: int = 2, count: int = 30, people: int = 3, joints: 
     return {k: torch.from_numpy(v.astype(np.float32)) for k, v in given.items()} | {"lower": LEGS[:joints]} | LIMITS
 
 
-def by_points(given: dict[str, Any], swapped: bool) -> dict[str, Any]:
+def by_points(given: dict[str, Any], swapped: bool = False, centres: bool = False) -> dict[str, Any]:
     """The same with overlap by distance: of all joints, below 30 pixels."""
     points = {"points": given["pose2d"], "limit": torch.full_like(given["score"], 30.0)}
     if swapped:
         points["swapped"] = given["pose2d"][:, :, list(ppi_reference.OTHER_SIDE)]
+    if centres:
+        points["centres"] = points["swapped"].flip(2) + 5
     return {k: v for k, v in given.items() if k != "boxes"} | points
 
 
@@ -73,9 +75,10 @@ def check(given: dict[str, Any], found: ops.PeopleFound) -> int:
                 solid = c_box[2] > c_box[0] and c_box[3] > c_box[1]
                 return solid and ppi_reference.iou(p_box, c_box) > given["th_iou"]
             pairs = [(q, q) for q in range(given["points"].shape[2])]
+            against = {"points": "points", "swapped": "centres" if "centres" in given else "points"}
             apart = [
-                ppi_reference.mean_distance(given[name][b, p].tolist(), given["points"][b, c].tolist(), pairs)
-                for name in ("points", "swapped")
+                ppi_reference.mean_distance(given[name][b, p].tolist(), given[other][b, c].tolist(), pairs)
+                for name, other in against.items()
                 if name in given
             ]
             return min(apart) < float(given["limit"][b, c])
@@ -99,7 +102,7 @@ def check(given: dict[str, Any], found: ops.PeopleFound) -> int:
                 )
                 free = [i for i in free if i not in modes[-1]]
             best = max(modes, key=lambda m: sum(score[i] for i in m))
-            if sum(score[i] for i in best) >= given["th_persondetect"]:
+            if sum(score[i] for i in best) > given["th_persondetect"]:
                 truth.append(best)
         truth.sort(key=lambda m: -sum(score[i] for i in m))
         person = torch.full((proposals,), -1)
@@ -130,13 +133,13 @@ def close(found: Tensor, truth: Any, apart: float) -> None:
     assert found.shape == truth.shape and (found - truth).abs().max() <= apart
 
 
-@pytest.mark.parametrize("overlap", ["boxes", "points", "swapped"])
+@pytest.mark.parametrize("overlap", ["boxes", "points", "swapped", "centres"])
 def test_equals_the_slow_reference(backend: SimpleNamespace, overlap: str) -> None:
     people = 0
     for seed in range(3 if backend.name == "emulated" else 6):
         given = scene(seed, count=12 + 13 * seed, people=1 + seed)
         if overlap != "boxes":
-            given = by_points(given, overlap == "swapped")
+            given = by_points(given, overlap != "points", overlap == "centres")
         people += check(given, run(given, backend))
     assert people > 4
 
@@ -230,7 +233,7 @@ def test_more_people_than_room(backend: SimpleNamespace) -> None:
 def test_absent_proposals(backend: SimpleNamespace) -> None:
     """A number that is not finite, anywhere, is as if the proposal were not there."""
     given = scene(1, 1, 30) | {"legs": torch.ones(1, 30)}
-    for overlap in (given, by_points(given, True)):
+    for overlap in (given, by_points(given, True), by_points(given, True, True)):
         broken = {k: v.clone() if isinstance(v, Tensor) else v for k, v in overlap.items()}
         names = [k for k, v in overlap.items() if isinstance(v, Tensor) and k != "lower"]
         order = overlap["score"][0].argsort(descending=True)
@@ -239,11 +242,14 @@ def test_absent_proposals(backend: SimpleNamespace) -> None:
             broken[name][0, row].view(-1)[-1] = value
         gone = order[: len(names)]
         without = overlap | {"score": overlap["score"].index_fill(1, gone, 0.0)}
-        for a, b in zip(run(broken, backend), run(without, backend), strict=True):
+        found, truth = run(broken, backend), run(without, backend)
+        assert found.dropped.tolist() == [len(names)] and not truth.dropped.any()
+        for a, b in zip(found[:-1], truth[:-1], strict=True):
             assert torch.equal(a, b)
-        for score in (0.0, -1.0, float("nan")):
+        for score in (0.0, -1.0, float("nan"), -float("inf")):
             found = run(overlap | {"score": torch.full((1, 30), score)}, backend)
             assert not found.total.any() and not found.pose2d.any() and (found.person == -1).all()
+            assert found.dropped.tolist() == [0 if np.isfinite(score) else 30]
 
 
 def test_boxes_without_size(backend: SimpleNamespace) -> None:
@@ -300,8 +306,8 @@ def test_wrong_arguments(backend: SimpleNamespace) -> None:
 def test_opcheck_compile_export(overlap: str) -> None:
     assert ops.use_ext("cpu")
     given = scene(0)
-    given = given if overlap == "boxes" else by_points(given, True)
-    names = ("score", "pose2d", "pose3d", "legs", "lower", "boxes", "points", "swapped", "limit")
+    given = given if overlap == "boxes" else by_points(given, True, True)
+    names = ("score", "pose2d", "pose3d", "legs", "lower", "boxes", "points", "swapped", "centres", "limit")
     tensors = [given.get(n) for n in names]
     tensors = [
         t.double() if t is not None and n in ("boxes", "limit") else t for n, t in zip(names, tensors, strict=True)
