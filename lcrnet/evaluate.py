@@ -3,16 +3,17 @@
     metrics = evaluate(truth, found, skeleton, config.evaluate)    # a dict for JSON
     print(table(metrics))
 
-A person is found if OKS, COCO's similarity of keypoints, pairs it with a detection; each belongs to one pair at most.
-Errors of joints are measured on those pairs. Shares are 0..1. Crowd people, and people without a labelled joint, are
-regions: not to be found, and what is found there is not false.
+A person is found if OKS, COCO's similarity of keypoints, or the distance of 2D joints (settings.match) pairs it with a
+detection; each belongs to one pair at most. Errors of joints are measured on those pairs, and again over all people,
+where the joints of a missed person are wrong. Shares are 0..1. Crowd people, and people without a labelled joint, are
+regions: not to be found, and what is found there is not false. The formulas are in metrics.py.
 """
 
 from __future__ import annotations
 
 import contextlib
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +24,23 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from lcrnet import config, image
-from lcrnet.pose import People, Person, box_of, centre, procrustes
+from lcrnet.metrics import (
+    CURVE_2D,
+    CURVE_3D_MM,
+    auc,
+    distance_of_pairs,
+    errors3d,
+    head_size,
+    mean,
+    median,
+    oks,
+    oks_of_pairs,
+    predecessor,
+    share,
+    shares,
+    torso_size,
+)
+from lcrnet.pose import People, Person, box_of
 from lcrnet.skeleton import Skeleton
 
 Metrics = dict[str, Any]
@@ -31,14 +48,14 @@ Metrics = dict[str, Any]
 REGION_SHARE = 0.5
 """A detection with more than this part of its box in a crowd region belongs to the region."""
 
-MIN_TORSO = 0.1
-"""PCK's unit is at least this part of the longer side of the pose's box: a torso seen from its end has no length."""
-
-AUC_MM = np.arange(0, 151, 5)
-"""Thresholds of the 3D AUC (Mehta et al., "Monocular 3D human pose estimation in the wild", 3DV 2017)."""
-
 SIZES = {"small": (0, 32**2), "medium": (32**2, 96**2), "large": (96**2, np.inf)}
 """COCO's sizes of people: `area`, pixels of the image."""
+
+PR_AT = {0: 0.5, 5: 0.75}
+"""Rows of COCOeval's precision that have a curve: their OKS."""
+
+CHUNK = 1 << 15
+"""Pairs of a true and a found person that are measured at a time, over many images: a few MB."""
 
 
 def detect(
@@ -84,35 +101,22 @@ def examples(outcomes: Sequence[Outcome], count: int, seed: int = 0) -> dict[str
     return {"worst": worst, "best": best, "random": sorted(drawn.tolist())}
 
 
-def oks(true: People, pose2d: np.ndarray, skeleton: Skeleton) -> np.ndarray:
-    """(P, N) object keypoint similarity 0..1 of true people and 2D poses (N, J, 2) in pixels.
-
-    pycocotools' COCOeval.computeOks: exp(-d^2 / (2 area k^2)), k = 2 sigma, averaged over the labelled joints. A true
-    person without a labelled joint gets 0. ValueError: the skeleton has no `oks_sigma`.
-    """
-    if len(skeleton.oks_sigma) != len(skeleton):
-        raise ValueError(f"{skeleton.name} has no oks_sigma, which OKS needs")
-    known = true.seen > 0
-    distance = ((true.pose2d[:, None].astype(np.float64) - pose2d[None]) ** 2).sum(-1)
-    scale = 2 * (2 * skeleton.sigma) ** 2 * (true.area.astype(np.float64) + np.spacing(1))[:, None]
-    near = np.where(known[:, None], np.exp(-distance / scale[:, None]), 0)
-    return near.sum(-1) / np.maximum(known.sum(-1), 1)[:, None]
-
-
 def match(true: People, found: Sequence[Person], skeleton: Skeleton, threshold: float) -> np.ndarray:
     """(M, 2) pairs (index of the true, index of the found person), the assignment of the largest sum of OKS.
 
     Only pairs with OKS of at least `threshold` (and above 0) count. Regions are never matched.
     """
-    return _match(true, _oks(true, found, skeleton), threshold)
+    similar = oks(true, _poses2d(found, len(skeleton)), skeleton)
+    return _assign(np.where((similar >= threshold) & ~_regions(true)[:, None], similar, 0))
 
 
 @dataclass
 class Outcome:
     """What became of the people of one image; indices into its `People` and its list of found persons.
 
-    pairs (M, 2), oks (M,), missed: true people without a pair, false: found without a pair, ignored: the same, but
-    inside a crowd region.
+    pairs (M, 2), oks (M,) (NaN if the skeleton has no sigmas), missed: true people without a pair, false: found without
+    a pair, ignored: the same, but inside a crowd region, likeness (M,): what the pairs were made by, 0..1: OKS, or
+    1 - distance / settings.distance.
     """
 
     pairs: np.ndarray
@@ -120,12 +124,13 @@ class Outcome:
     missed: np.ndarray
     false: np.ndarray
     ignored: np.ndarray
+    likeness: np.ndarray
 
     @property
     def quality(self) -> float:
-        """OKS summed over pairs / (pairs + missed + false); 1 for an image without people where none is found."""
+        """Likeness summed over pairs / (pairs + missed + false); 1 for an image without people where none is found."""
         count = len(self.pairs) + len(self.missed) + len(self.false)
-        return float(self.oks.sum() / count) if count else 1.0
+        return float(self.likeness.sum() / count) if count else 1.0
 
     def __str__(self) -> str:
         counts = f"{len(self.pairs)} found, {len(self.missed)} missed, {len(self.false)} false"
@@ -134,44 +139,112 @@ class Outcome:
 
 def compare(true: People, found: Sequence[Person], skeleton: Skeleton, settings: config.Evaluate) -> Outcome:
     """True and found people of one image; those found below `settings.min_score` take no part."""
-    rows = np.array([i for i, person in enumerate(found) if person.score >= settings.min_score], np.int64)
-    kept = [found[i] for i in rows]
-    similar = _oks(true, kept, skeleton)
-    pairs = _match(true, similar, settings.oks)
-    single = np.setdiff1d(np.arange(len(kept)), pairs[:, 1])
-    region = _regions(true)
-    box = np.array([kept[i].box for i in single], np.float64).reshape(-1, 4)
-    inside = _share_inside(box, true.box[region].astype(np.float64)) > REGION_SHARE
-    missed = np.setdiff1d(np.flatnonzero(~region), pairs[:, 0])
-    score = similar[pairs[:, 0], pairs[:, 1]]
-    pairs[:, 1] = rows[pairs[:, 1]]
-    return Outcome(pairs, score, missed, rows[single[~inside]], rows[single[inside]])
+    return outcomes([true], [found], skeleton, settings)[0]
+
+
+def outcomes(
+    truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton, settings: config.Evaluate
+) -> list[Outcome]:
+    """`compare` of each image. ValueError: not as many images of truth as of detections."""
+    return list(_outcomes(truth, found, skeleton, settings))
+
+
+def _outcomes(
+    truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton, settings: config.Evaluate
+) -> Iterator[Outcome]:
+    if len(truth) != len(found):
+        raise ValueError(f"{len(truth)} images of truth, but detections of {len(found)}")
+    if settings.match == "oks" and len(skeleton.oks_sigma) != len(skeleton):
+        raise ValueError(f"{skeleton.name} has no oks_sigma, which OKS needs; evaluate.match: distance does not")
+    rows = [np.array([n for n, p in enumerate(own) if p.score >= settings.min_score], np.int64) for own in found]
+    pairs = np.cumsum([len(people) * len(own) for people, own in zip(truth, rows, strict=True)])
+    for block in np.split(np.arange(len(truth)), np.flatnonzero(np.diff(pairs // CHUNK)) + 1):
+        kept = [[found[i][n] for n in rows[i]] for i in block]
+        parts = _block([truth[i] for i in block], kept, skeleton, settings)
+        for i, (pair, near, missed, false, ignored, likeness) in zip(block, parts, strict=True):
+            pair[:, 1] = rows[i][pair[:, 1]]
+            yield Outcome(pair, near, missed, rows[i][false], rows[i][ignored], likeness)
+
+
+def _block(
+    truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton, settings: config.Evaluate
+) -> Iterator[tuple[np.ndarray, ...]]:
+    """The fields of each image's Outcome. The images' pairs are measured at once; only the assignment goes by image."""
+    people = People.join([People.empty(0, len(skeleton)), *truth])
+    region = _regions(people)
+    pose2d = _poses2d([person for own in found for person in own], len(skeleton))
+    # all pairs within an image, true person by true person: t and d are their rows in `people` and `pose2d`
+    trues, founds = [len(own) for own in truth], [len(own) for own in found]
+    rivals = np.repeat(np.array(founds, int), trues)
+    first = np.repeat(np.cumsum([0, *founds])[:-1], trues)
+    t = np.repeat(np.arange(len(people)), rivals)
+    d = np.arange(len(t)) + np.repeat(first - np.cumsum(rivals) + rivals, rivals)
+
+    near = np.full(len(t), np.nan)
+    if len(skeleton.oks_sigma) == len(skeleton):
+        near = oks_of_pairs(people, t, pose2d, d, skeleton)
+    likeness, enough = near, near >= settings.oks
+    if settings.match == "distance":
+        likeness = 1 - distance_of_pairs(people, t, pose2d, d) / settings.distance
+        enough = likeness > 0
+    gain = np.where(enough & ~region[t], likeness, 0)
+
+    person = pair = 0
+    for true, own, count, kept in zip(truth, found, trues, founds, strict=True):
+        pairs = _assign(gain[pair : pair + count * kept].reshape(count, kept))
+        at = pair + pairs[:, 0] * kept + pairs[:, 1]
+        missed, single, inside = ~region[person : person + count], np.ones(kept, bool), np.zeros(kept, bool)
+        if own and not missed.all():
+            box = np.array([p.box for p in own], np.float64)
+            inside = _share_inside(box, true.box[~missed].astype(np.float64)) > REGION_SHARE
+        missed[pairs[:, 0]], single[pairs[:, 1]] = False, False
+        false, ignored = np.flatnonzero(single & ~inside), np.flatnonzero(single & inside)
+        yield pairs, near[at], np.flatnonzero(missed), false, ignored, likeness[at]
+        person, pair = person + count, pair + count * kept
 
 
 def evaluate(
-    truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton, settings: config.Evaluate
+    truth: Sequence[People],
+    found: Sequence[Sequence[Person]],
+    skeleton: Skeleton,
+    settings: config.Evaluate,
+    groups: Sequence[str] | None = None,
+    outcomes: Sequence[Outcome] | None = None,
 ) -> Metrics:
     """Figures of a data set: truth and detections of each image, in the same order. ValueError: their lengths differ.
 
-    Counts: `images`, `people` (true), `people3d` (found ones with a true 3D pose: the 3D figures are theirs),
+    groups    a name for each image (action, sequence, ...), for the table `per_group`
+    outcomes  those of the same people and settings, where the caller has them
+
+    Counts: `images`, `people` (true), `people3d` (found ones with a true 3D pose), `people3d_all` (true ones with it),
         `detections` (of at least min_score) = `found` + `false` + `ignored` (in crowd regions); `missed`.
     `recall` found / people, `precision` found / (found + false).
     `oks_ap`, `oks_ap50`, `oks_ap75`: pycocotools' COCOeval, all detections with their scores.
-    2D, on the labelled joints (hidden ones included) of found people:
-    `pck2d` share of joints within settings.pck2d times the torso (middle of the shoulders to middle of the hips in the
-        true pose, at least MIN_TORSO of its box; people without those four joints labelled are left out), `pck2d_all`
-        the same over all true people, the joints of missed ones being wrong, `error2d_height_median` median distance
-        / height of the box of the true pose.
-    3D, both poses centred on the torso, on all joints: `mpjpe_mm` mean distance, `n_mpjpe_mm` after scaling (Rhodin et
-        al., CVPR 2018), `pa_mpjpe_mm` after Procrustes with scale, without reflection, `pck3d` share under
-        settings.pck3d_mm, `auc3d` mean share under 0, 5 .. 150 mm (a perfect pose has 30/31, as in MPI-INF-3DHP).
-    Tables: `per_joint` by joint name, `per_size` by COCO's sizes. Figures of nobody are None.
+    A figure that ends in `_all` is over all true people, the joints of missed ones being wrong (as MuPoTS-3D has it);
+    without, over found ones.
+    2D, on the labelled joints, hidden ones included:
+    `pck2d`, `pck2d_all` share of joints within settings.pck2d times the torso (middle of the shoulders to middle of the
+        hips in the true pose, at least MIN_TORSO of its box), `pckh`, `pckh_all` within settings.pckh times the head
+        (`metrics.head_size`); people without the joints that the unit takes are left out; `error2d_height_median`
+        median distance / height of the box of the true pose.
+    3D, both poses centred on the torso, on all joints: `mpjpe_mm` mean distance, `n_mpjpe_mm` after scaling,
+        `pa_mpjpe_mm` after Procrustes (`metrics.Errors3d`), `pck3d`, `pck3d_all` share under settings.pck3d_mm,
+        `auc3d`, `auc3d_all` mean share under 0, 5 .. 150 mm (`metrics.auc`).
+    Tables: `per_joint` by joint name, `per_size` by COCO's sizes, `per_group` if there are groups, by name.
+    `curves`, lists to plot, empty where there is nobody: `pr` (precision at 101 recalls, COCOeval's, at OKS 0.50 and
+        0.75), `pck2d` (`threshold` in torsos; `matched`, `all`), `pck3d` (`threshold_mm`; `matched`, `all`).
+    `predecessor` if settings.predecessor: `metrics.predecessor`.
+    Figures of nobody are None. A found 3D pose that is not finite is wrong in `pck3d` and `auc3d`, and in no mean.
     """
-    if len(truth) != len(found):
-        raise ValueError(f"{len(truth)} images of truth, but detections of {len(found)}")
+    if groups is not None and len(groups) != len(truth):
+        raise ValueError(f"{len(truth)} images of truth, but groups of {len(groups)}")
+    if outcomes is None:
+        outcomes = list(_outcomes(truth, found, skeleton, settings))
+    elif not len(truth) == len(found) == len(outcomes):
+        raise ValueError(f"{len(truth)} images of truth, but detections of {len(found)}, outcomes of {len(outcomes)}")
     joints = len(skeleton)
-    outcomes = [compare(t, f, skeleton, settings) for t, f in zip(truth, found, strict=True)]
     people = People.join([People.empty(0, joints), *truth])
+    picture = np.repeat(np.arange(len(truth)), [len(t) for t in truth])
     start = np.cumsum([0, *(len(t) for t in truth)])
     row = np.concatenate([np.zeros(0, np.int64), *(s + o.pairs[:, 0] for s, o in zip(start, outcomes, strict=False))])
     persons = [found[i][n] for i, o in enumerate(outcomes) for n in o.pairs[:, 1]]
@@ -180,125 +253,185 @@ def evaluate(
     false, ignored = sum(len(o.false) for o in outcomes), sum(len(o.ignored) for o in outcomes)
 
     # 2D: distances (M, J), NaN where there is no label
-    pose2d = np.array([p.pose2d for p in persons], np.float64).reshape(-1, joints, 2)
+    pose2d = _poses2d(persons, joints)
     error = np.where(hit.seen > 0, np.linalg.norm(pose2d - hit.pose2d, axis=-1), np.nan)
     box = box_of(hit.pose2d.astype(np.float64), hit.seen, margin=0)
     relative = error / _positive(box[:, 3] - box[:, 1])[:, None]
-    torso = _torso(hit, skeleton)
-    measured = (hit.seen > 0) & np.isfinite(torso)[:, None]
-    right = np.where(measured, error <= settings.pck2d * torso[:, None], np.nan)
-    due = (people.seen[wanted] > 0)[np.isfinite(_torso(people[wanted], skeleton))].sum()
+    torso, head = torso_size(people, skeleton), head_size(people, skeleton)
+    torsos, heads = error / torso[row, None], error / head[row, None]
+    right, right_h = _within(torsos, settings.pck2d), _within(heads, settings.pckh)
+    due, due_h = ((people.seen[wanted] > 0)[np.isfinite(unit[wanted])].sum() for unit in (torso, head))
 
     # 3D: distances (M3, J) in millimetres
     has3d = hit.has3d.astype(bool)
-    pose = centre(np.array([p.pose3d for p in persons], np.float64).reshape(-1, joints, 3)[has3d], skeleton)
-    goal = centre(hit.pose3d[has3d].astype(np.float64), skeleton)
-    scale = (pose * goal).sum((-1, -2)) / np.maximum((pose**2).sum((-1, -2)), 1e-12)
-    error3d = _millimetres(pose, goal)
+    pose = np.array([p.pose3d for p in persons], np.float64).reshape(-1, joints, 3)[has3d]
+    error3d = errors3d(pose, hit.pose3d[has3d].astype(np.float64), skeleton)
+    right3d = error3d.plain < settings.pck3d_mm
+    people3d = int((wanted & people.has3d.astype(bool)).sum())
+    due3d = people3d * joints
 
-    size = {name: (hit.area >= low) & (hit.area < high) for name, (low, high) in SIZES.items()}
-    count = {n: int((wanted & (people.area >= low) & (people.area < high)).sum()) for n, (low, high) in SIZES.items()}
-    return {
+    def rows(of: np.ndarray) -> dict[str, float | int | None]:
+        """A table's figures of some of the people, (P,) bool."""
+        some = of[row]
+        return {
+            "people": int((of & wanted).sum()),
+            "found": int(some.sum()),
+            "recall": share(some.sum(), (of & wanted).sum()),
+            "error2d_height_median": median(relative[some]),
+            "pck2d": mean(right[some]),
+            "mpjpe_mm": mean(error3d.plain[some[has3d]]),
+            "pa_mpjpe_mm": mean(error3d.procrustes[some[has3d]]),
+            "pck3d": mean(right3d[some[has3d]]),
+        }
+
+    precision = _precision(truth, found, skeleton)
+    metrics: Metrics = {
         "images": len(truth),
         "people": int(wanted.sum()),
         "people3d": int(has3d.sum()),
+        "people3d_all": people3d,
         "detections": len(persons) + false + ignored,
         "found": len(persons),
         "missed": int(wanted.sum()) - len(persons),
         "false": false,
         "ignored": ignored,
-        "recall": _share(len(persons), wanted.sum()),
-        "precision": _share(len(persons), len(persons) + false),
-        **oks_ap(truth, found, skeleton),
-        "pck2d": _mean(right),
-        "pck2d_all": _share(np.nansum(right), due),
-        "error2d_height_median": _median(relative),
-        "mpjpe_mm": _mean(error3d),
-        "n_mpjpe_mm": _mean(_millimetres(scale[:, None, None] * pose, goal)),
-        "pa_mpjpe_mm": _mean(_millimetres(procrustes(pose, goal), goal)),
-        "pck3d": _mean(error3d < settings.pck3d_mm),
-        "auc3d": _mean([np.mean(error3d < limit) for limit in AUC_MM]) if error3d.size else None,
+        "recall": share(len(persons), wanted.sum()),
+        "precision": share(len(persons), len(persons) + false),
+        **_ap(precision),
+        "pck2d": mean(right),
+        "pck2d_all": share(np.nansum(right), due),
+        "pckh": mean(right_h),
+        "pckh_all": share(np.nansum(right_h), due_h),
+        "error2d_height_median": median(relative),
+        "mpjpe_mm": mean(error3d.plain),
+        "n_mpjpe_mm": mean(error3d.scaled),
+        "pa_mpjpe_mm": mean(error3d.procrustes),
+        "pck3d": mean(right3d),
+        "pck3d_all": share(right3d.sum(), due3d),
+        "auc3d": auc(error3d.plain, error3d.plain.size),
+        "auc3d_all": auc(error3d.plain, due3d),
         "per_joint": {
             name: {
-                "error2d_height_median": _median(relative[:, j]),
-                "pck2d": _mean(right[:, j]),
-                "mpjpe_mm": _mean(error3d[:, j]),
+                "error2d_height_median": median(relative[:, j]),
+                "pck2d": mean(right[:, j]),
+                "pckh": mean(right_h[:, j]),
+                "mpjpe_mm": mean(error3d.plain[:, j]),
+                "pa_mpjpe_mm": mean(error3d.procrustes[:, j]),
+                "pck3d": mean(right3d[:, j]),
             }
             for j, name in enumerate(skeleton.joints)
         },
-        "per_size": {
-            name: {
-                "people": count[name],
-                "found": int(rows.sum()),
-                "recall": _share(rows.sum(), count[name]),
-                "error2d_height_median": _median(relative[rows]),
-                "mpjpe_mm": _mean(error3d[rows[has3d]]),
-            }
-            for name, rows in size.items()
+        "per_size": {name: rows((people.area >= low) & (people.area < high)) for name, (low, high) in SIZES.items()},
+    }
+    if groups is not None:
+        names, group = np.unique(np.array(groups, str), return_inverse=True)
+        metrics["per_group"] = {str(name): rows(group[picture] == g) for g, name in enumerate(names)}
+    limits2d = CURVE_2D.tolist() if due or np.isfinite(torsos).any() else []
+    metrics["curves"] = {
+        "pr": {
+            "recall": [] if precision is None else np.linspace(0, 1, precision.shape[1]).tolist(),
+            "precision": {f"{at:.2f}": [] if precision is None else precision[n].tolist() for n, at in PR_AT.items()},
+        },
+        "pck2d": {
+            "threshold": limits2d,
+            "matched": shares(torsos, CURVE_2D, int((~np.isnan(torsos)).sum()), closed=True),
+            "all": shares(torsos, CURVE_2D, int(due), closed=True),
+        },
+        "pck3d": {
+            "threshold_mm": CURVE_3D_MM.tolist() if due3d else [],
+            "matched": shares(error3d.plain, CURVE_3D_MM, error3d.plain.size, closed=False),
+            "all": shares(error3d.plain, CURVE_3D_MM, due3d, closed=False),
         },
     }
+    if settings.predecessor:
+        metrics["predecessor"] = predecessor(truth, found, skeleton)
+    return metrics
 
 
 def oks_ap(truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton) -> dict[str, float | None]:
     """COCO's keypoint AP of `oks_ap` 0.5:0.95, `oks_ap50`, `oks_ap75` by pycocotools, with the skeleton's sigmas.
 
-    Regions are its crowds; every detection takes part. None where there is nobody to find.
+    Regions are its crowds; every detection takes part. None where there is nobody to find, or no sigmas.
     """
+    return _ap(_precision(truth, found, skeleton))
+
+
+def _ap(precision: np.ndarray | None) -> dict[str, float | None]:
+    if precision is None:
+        return dict.fromkeys(("oks_ap", "oks_ap50", "oks_ap75"))
+    return {"oks_ap": mean(precision), "oks_ap50": mean(precision[0]), "oks_ap75": mean(precision[5])}
+
+
+def _precision(truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton) -> np.ndarray | None:
+    """(10, 101) COCOeval's precision at OKS 0.5:0.95 and recall 0:1; None where nobody is to be found."""
+    joints = len(skeleton)
+    people = People.join([People.empty(0, joints), *truth])
+    region = _regions(people)
+    if region.all() or len(skeleton.oks_sigma) != joints:
+        return None
+    seen = np.where(region[:, None], 0, people.seen)
+    keypoints = np.concatenate([people.pose2d, seen[..., None]], -1, dtype=np.float64).reshape(-1, 3 * joints)
+    box = people.box.astype(np.float64)
+    box[:, 2:] -= box[:, :2]
+    picture = np.repeat(np.arange(1, len(truth) + 1), [len(t) for t in truth])
+    labels = [
+        {"id": n, "image_id": i, "category_id": 1, "keypoints": k, "num_keypoints": c, "bbox": b, "area": a,
+         "iscrowd": r}
+        for n, (i, k, c, b, a, r) in enumerate(
+            zip(picture.tolist(), keypoints, (seen > 0).sum(1).tolist(), box.tolist(), people.area.tolist(),
+                region.astype(int).tolist(), strict=True), 1)
+    ]  # fmt: skip
+    persons = [person for own in found for person in own]
+    picture = np.repeat(np.arange(1, len(found) + 1), [len(own) for own in found])
+    pose2d = _poses2d(persons, joints)
+    flat = np.concatenate([pose2d, np.ones((len(persons), joints, 1))], -1).reshape(-1, 3 * joints)
+    results = [
+        {"id": n, "image_id": i, "category_id": 1, "keypoints": k, "score": float(person.score), "area": 1.0}
+        for n, (i, k, person) in enumerate(zip(picture.tolist(), flat, persons, strict=True), 1)
+    ]
     images = [{"id": i} for i in range(1, len(truth) + 1)]
-    labels: list[dict[str, Any]] = []
-    results: list[dict[str, Any]] = []
-    for i, (true, persons) in enumerate(zip(truth, found, strict=True), 1):
-        region = _regions(true)
-        seen = np.where(region[:, None], 0, true.seen)
-        keypoints = np.concatenate([true.pose2d, seen[..., None]], -1, dtype=np.float64).reshape(-1, 3 * len(skeleton))
-        box = true.box.astype(np.float64)
-        box[:, 2:] -= box[:, :2]
-        for p in range(len(true)):
-            labels.append(
-                {"id": len(labels) + 1, "image_id": i, "category_id": 1, "keypoints": keypoints[p],
-                 "num_keypoints": int((seen[p] > 0).sum()), "bbox": box[p].tolist(), "area": float(true.area[p]),
-                 "iscrowd": int(region[p])}
-            )  # fmt: skip
-        for person in persons:
-            pose2d = np.nan_to_num(person.pose2d, nan=np.inf)  # COCOeval would take NaN for a match
-            flat = np.concatenate([pose2d, np.ones((len(skeleton), 1))], 1, dtype=np.float64).ravel()
-            results.append(
-                {"id": len(results) + 1, "image_id": i, "category_id": 1, "keypoints": flat,
-                 "score": float(person.score), "area": 1.0}
-            )  # fmt: skip
-    names = ("oks_ap", "oks_ap50", "oks_ap75")
-    if all(label["iscrowd"] for label in labels):
-        return dict.fromkeys(names)
     with contextlib.redirect_stdout(io.StringIO()):
         judge = COCOeval(_coco(images, labels), _coco(images, results), "keypoints")
         judge.params.kpt_oks_sigmas = skeleton.sigma
-        judge.params.maxDets = [max(20, *(len(persons) for persons in found))]
+        judge.params.maxDets = [max(20, *(len(own) for own in found))]
         judge.params.areaRng, judge.params.areaRngLbl = judge.params.areaRng[:1], ["all"]
         judge.evaluate()
         judge.accumulate()
-    precision = judge.eval["precision"]  # (10 thresholds of OKS, 101 of recall, 1, 1, 1)
-    return {name: _mean(precision[at]) for name, at in zip(names, (slice(None), 0, 5), strict=True)}
+    precision: np.ndarray = judge.eval["precision"][:, :, 0, 0, 0]
+    return precision
 
 
 def table(metrics: Metrics) -> str:
-    """The figures as text for a terminal."""
-    lines = [f"{name:24}{_text(value)}" for name, value in metrics.items() if not isinstance(value, dict)]
+    """The figures as text for a terminal: all but the curves and other lists."""
+    lines = [f"{name:24}{_text(value)}" for name, value in metrics.items() if not isinstance(value, (dict, list))]
     for title, rows in ((name, value) for name, value in metrics.items() if name.startswith("per_")):
         columns = list(next(iter(rows.values()), {}))
-        lines += ["", f"{title:14}" + "".join(f"{column:>23}" for column in columns)]
-        lines += [f"{row:14}" + "".join(f"{_text(values[c]):>23}" for c in columns) for row, values in rows.items()]
+        first = 2 + max(len(title), *map(len, rows)) if rows else len(title)
+        width = {c: max(len(c), 7) + 2 for c in columns}
+        lines += ["", f"{title:{first}}" + "".join(f"{c:>{width[c]}}" for c in columns)]
+        for row, values in rows.items():
+            lines.append(f"{row:{first}}" + "".join(f"{_text(values[c]):>{width[c]}}" for c in columns))
+    if metrics.get("predecessor"):
+        lines += ["", "predecessor, as the seed's test_net.py computes it, faults included:"]
+        lines += [f"{name:24}{_text(value)}" for name, value in metrics["predecessor"].items()]
     return "\n".join(lines)
 
 
-def _oks(true: People, found: Sequence[Person], skeleton: Skeleton) -> np.ndarray:
-    pose2d = np.array([person.pose2d for person in found], np.float64).reshape(-1, len(skeleton), 2)
-    return oks(true, np.nan_to_num(pose2d, nan=np.inf), skeleton)
+def _poses2d(persons: Sequence[Person], joints: int) -> np.ndarray:
+    """(N, J, 2) float64; NaN becomes inf, far from everything (COCOeval would take NaN for a match)."""
+    pose2d = np.array([person.pose2d for person in persons], np.float64).reshape(-1, joints, 2)
+    return np.where(np.isnan(pose2d), np.inf, pose2d)
 
 
-def _match(true: People, similar: np.ndarray, threshold: float) -> np.ndarray:
-    gain = np.where((similar >= threshold) & ~_regions(true)[:, None], similar, 0)
+def _assign(gain: np.ndarray) -> np.ndarray:
+    """(M, 2) pairs (row, column) of the assignment of the largest sum of gain (P, N), those of gain above 0."""
     pairs = np.stack(linear_sum_assignment(gain, maximize=True), 1)
     return pairs[gain[pairs[:, 0], pairs[:, 1]] > 0]
+
+
+def _within(ratio: np.ndarray, limit: float) -> np.ndarray:
+    """1 where ratio <= limit, else 0; NaN stays."""
+    return np.where(np.isnan(ratio), np.nan, ratio <= limit)
 
 
 def _regions(people: People) -> np.ndarray:
@@ -314,36 +447,8 @@ def _share_inside(box: np.ndarray, regions: np.ndarray) -> np.ndarray:
     return common / np.maximum((box[:, 2:] - box[:, :2]).prod(-1), 1e-9)
 
 
-def _torso(people: People, skeleton: Skeleton) -> np.ndarray:
-    """(P,) pixels from the middle of the shoulders to that of the hips; NaN where one of them is unlabelled."""
-    shoulders = people.pose2d[:, skeleton.indices("r_shoulder", "l_shoulder")].mean(1)
-    hips = people.pose2d[:, skeleton.indices("r_hip", "l_hip")].mean(1)
-    box = box_of(people.pose2d, people.seen, margin=0)
-    length = np.maximum(np.linalg.norm(shoulders - hips, axis=-1), MIN_TORSO * (box[:, 2:] - box[:, :2]).max(-1))
-    return np.where((people.seen[:, skeleton.torso] > 0).all(-1), length, np.nan)
-
-
-def _millimetres(pose: np.ndarray, goal: np.ndarray) -> np.ndarray:
-    return 1000 * np.linalg.norm(pose - goal, axis=-1)
-
-
 def _positive(values: np.ndarray) -> np.ndarray:
     return np.where(values > 0, values, np.nan)
-
-
-def _mean(values: Any) -> float | None:
-    known = np.asarray(values, np.float64)
-    known = known[np.isfinite(known)]
-    return float(known.mean()) if known.size else None
-
-
-def _median(values: np.ndarray) -> float | None:
-    known = values[np.isfinite(values)]
-    return float(np.median(known)) if known.size else None
-
-
-def _share(part: Any, whole: Any) -> float | None:
-    return float(part) / float(whole) if whole else None
 
 
 def _coco(images: list[dict[str, Any]], annotations: list[dict[str, Any]]) -> COCO:

@@ -18,8 +18,9 @@ from lcrnet.skeleton import LCR13, LSP14
 
 SETTINGS = config.Evaluate()
 J = len(LCR13)
-FIGURES = ("recall", "precision", "oks_ap", "oks_ap50", "oks_ap75", "pck2d", "pck2d_all", "error2d_height_median",
-           "mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "pck3d", "auc3d")  # fmt: skip
+FIGURES = ("recall", "precision", "oks_ap", "oks_ap50", "oks_ap75", "pck2d", "pck2d_all", "pckh", "pckh_all",
+           "error2d_height_median", "mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "pck3d", "pck3d_all", "auc3d", "auc3d_all",
+           )  # fmt: skip
 
 
 def people(count: int, seed: int = 0) -> People:
@@ -138,6 +139,9 @@ def test_ap_is_that_of_pycocotools(capsys: pytest.CaptureFixture[str]) -> None:
     assert ours["oks_ap"] == pytest.approx(theirs.mean()) and 0.05 < theirs.mean() < 0.9
     assert ours["oks_ap50"] == pytest.approx(theirs[0].mean())
     assert ours["oks_ap75"] == pytest.approx(theirs[5].mean())
+    curve = run(truth, found)["curves"]["pr"]
+    assert curve["recall"] == pytest.approx(judge.params.recThrs)
+    assert curve["precision"] == {"0.50": theirs[0].tolist(), "0.75": theirs[5].tolist()}
 
 
 def test_ap_takes_more_detections_than_coco() -> None:
@@ -243,6 +247,63 @@ def test_outcome_counts_from_the_given_list() -> None:
     assert outcome.quality == pytest.approx(1 / 3)
 
 
+def test_outcomes_are_those_of_each_image_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    truth, found = random_images(40, 6)
+    truth[3], found[4], truth[5], found[5] = people(0), [], people(0), []
+    truth[3], found[3] = crowd((0, -100, 500, 500)), [person(people(1), 0)]
+    alone = [evaluate.compare(true, own, LCR13, SETTINGS) for true, own in zip(truth, found, strict=True)]
+    for chunk in (1, 7, evaluate.CHUNK):  # pairs are measured over the borders of images
+        monkeypatch.setattr(evaluate, "CHUNK", chunk)
+        together = evaluate.outcomes(truth, found, LCR13, SETTINGS)
+        for a, b in zip(together, alone, strict=True):
+            for name in ("pairs", "oks", "missed", "false", "ignored", "likeness"):
+                np.testing.assert_array_equal(getattr(a, name), getattr(b, name))
+    assert sum(len(o.pairs) for o in alone) > 5 and sum(len(o.ignored) for o in alone) > 0
+    assert run(truth, found) == evaluate.evaluate(truth, found, LCR13, SETTINGS, outcomes=alone)
+    with pytest.raises(ValueError, match="outcomes of 39"):
+        evaluate.evaluate(truth, found, LCR13, SETTINGS, outcomes=alone[1:])
+
+
+def test_match_by_distance() -> None:
+    """Poses are 200 pixels high: up to 50 pixels off on average is found. OKS is told all the same."""
+    true = people(2)
+    near, far = person(true, 0, shift=(49, 0)), person(true, 1, shift=(0, 51))
+    settings = config.Evaluate(match="distance")
+    outcome = evaluate.compare(true, [far, near], LCR13, settings)
+    assert outcome.pairs.tolist() == [[0, 1]] and outcome.missed.tolist() == [1] and outcome.false.tolist() == [0]
+    assert outcome.likeness == pytest.approx([1 - 49 / 50]) and outcome.oks == pytest.approx(
+        evaluate.oks(true[:1], near.pose2d[None], LCR13)[0]
+    )
+    assert outcome.oks[0] < 0.5 and outcome.quality == pytest.approx(0.02 / 3)
+    assert (
+        run([true], [[far, near]])["found"] == 0 and run([true], [[far]], match="distance", distance=0.3)["found"] == 1
+    )
+    true.seen[0, :12] = 0  # one label: the pose has no size, the person's box (200 pixels) has
+    assert evaluate.compare(true, [near], LCR13, settings).pairs.tolist() == [[0, 0]]
+    lost = person(true, 1, shift=(np.nan, 0))
+    assert evaluate.compare(true, [lost], LCR13, settings).pairs.tolist() == []
+
+
+def test_distance_takes_the_best_assignment() -> None:
+    true = people(2)
+    true.pose2d[1] = true.pose2d[0] + (20, 0)
+    found = [person(true, 0, shift=(12, 0)), person(true, 0, shift=(52, 0))]  # the first is nearest to both
+    outcome = evaluate.compare(true, found, LCR13, config.Evaluate(match="distance"))
+    assert outcome.pairs.tolist() == [[0, 0], [1, 1]]
+
+
+def test_a_skeleton_without_sigmas_is_matched_by_distance() -> None:
+    true = People.empty(1, len(LSP14))
+    true.pose2d[0] = np.random.default_rng(0).uniform(0, 100, (14, 2))
+    true.seen[:], true.area[:] = 2, 5000
+    found = [person(true, 0, shift=(1, 0))]
+    metrics = evaluate.evaluate([true], [found], LSP14, config.Evaluate(match="distance"))
+    assert metrics["found"] == 1 and metrics["oks_ap"] is None and metrics["pckh"] == 1
+    assert metrics["curves"]["pr"] == {"recall": [], "precision": {"0.50": [], "0.75": []}}
+    with pytest.raises(ValueError, match=r"lsp14 has no oks_sigma.*evaluate\.match: distance"):
+        evaluate.evaluate([true], [found], LSP14, SETTINGS)
+
+
 # 2D figures ----------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +318,8 @@ def test_2d_errors_by_hand() -> None:
     assert metrics["error2d_height_median"] == pytest.approx(6 / 200)
     assert metrics["pck2d"] == pytest.approx(12 / 13) == metrics["pck2d_all"]
     assert metrics["per_joint"]["r_wrist"] == pytest.approx(
-        {"error2d_height_median": 16 / 200, "pck2d": 0, "mpjpe_mm": 0}, abs=1e-4
+        {"error2d_height_median": 16 / 200, "pck2d": 0, "pckh": 1, "mpjpe_mm": 0, "pa_mpjpe_mm": 0, "pck3d": 1},
+        abs=1e-4,
     )
     assert run([true], [[found]], pck2d=0.05)["pck2d"] == 0
     true.seen[0, wrist], true.seen[0, elbow] = 0, 1  # unlabelled joints are not judged, hidden ones are
@@ -289,64 +351,34 @@ def test_sizes() -> None:
     assert sizes["small"]["recall"] == 0 and sizes["small"]["mpjpe_mm"] is None and sizes["large"]["recall"] == 1
 
 
+def test_pckh_by_hand() -> None:
+    """Head 40 pixels above the shoulders: its size is 44, the limit 22."""
+    true = people(2)
+    found = person(true, 0, shift=(0, 3))
+    found.pose2d[LCR13.index("r_wrist")] += (0, 20)
+    metrics = run([true], [[found]])
+    assert metrics["pckh"] == pytest.approx(12 / 13) and metrics["pckh_all"] == pytest.approx(6 / 13)
+    assert metrics["per_joint"]["r_wrist"]["pckh"] == 0 and metrics["per_joint"]["head"]["pckh"] == 1
+    assert run([true], [[found]], pckh=0.6)["pckh"] == 1
+    true.seen[:, LCR13.index("head")] = 0
+    metrics = run([true], [[found]])
+    assert metrics["pckh"] is None is metrics["pckh_all"] and metrics["per_joint"]["l_hip"]["pckh"] is None
+
+
 # 3D figures ----------------------------------------------------------------------------------------------------------
-
-
-def errors(transform: Any, seed: int = 3) -> dict[str, float]:
-    """The 3D figures of predictions that are transformed truth."""
-    true = people(2, seed)
-    found = [person(true, p) for p in range(2)]
-    for p in found:
-        p.pose3d = transform(p.pose3d.astype(np.float64))
-    metrics = run([true], [found])
-    return {name: metrics[name] for name in ("mpjpe_mm", "n_mpjpe_mm", "pa_mpjpe_mm", "pck3d", "auc3d")}
-
-
-def rotation(seed: int = 0) -> np.ndarray:
-    q, _ = np.linalg.qr(np.random.default_rng(seed).normal(size=(3, 3)))
-    return q * np.sign(np.linalg.det(q))
 
 
 def test_mpjpe_by_hand() -> None:
     """One limb joint 130 mm off: the torso, and with it the alignment, stays."""
-
-    def bend(pose: np.ndarray) -> np.ndarray:
-        pose[LCR13.index("head")] += (0.03, 0.04, 0.12)
-        return pose
-
-    found = errors(bend)
-    assert found["mpjpe_mm"] == pytest.approx(130 / 13, abs=1e-3)
-    assert found["pck3d"] == 1 and found["pa_mpjpe_mm"] > 5
+    true = people(1, 3)
+    found = person(true, 0, move=(1, -2, 30))
+    found.pose3d[LCR13.index("head")] += (0.03, 0.04, 0.12)
+    metrics = run([true], [[found]])
+    assert metrics["mpjpe_mm"] == pytest.approx(130 / 13, abs=1e-3)
+    assert metrics["pck3d"] == 1 and metrics["pa_mpjpe_mm"] > 5
     # at 0 mm nothing counts, at 5 .. 130 mm 12 of 13 joints, at 135 .. 150 mm all
-    assert found["auc3d"] == pytest.approx((26 * 12 / 13 + 4) / 31, abs=1e-6)
-
-
-def test_pck3d_limit() -> None:
-    def bend(pose: np.ndarray) -> np.ndarray:
-        pose[LCR13.indices("head", "r_wrist")] += (0, 0, 0.2)
-        return pose
-
-    assert errors(bend)["pck3d"] == pytest.approx(11 / 13)
-
-
-def test_mpjpe_does_not_see_translation() -> None:
-    found = errors(lambda pose: pose + np.array((1, -2, 30)))
-    assert max(found["mpjpe_mm"], found["n_mpjpe_mm"], found["pa_mpjpe_mm"]) < 0.01
-
-
-def test_n_mpjpe_does_not_see_scale() -> None:
-    found = errors(lambda pose: 1.7 * (pose + np.array((0, 0, 3))))
-    assert found["mpjpe_mm"] > 50 and max(found["n_mpjpe_mm"], found["pa_mpjpe_mm"]) < 0.01
-
-
-def test_pa_mpjpe_does_not_see_similarities() -> None:
-    found = errors(lambda pose: 0.6 * pose @ rotation().T + (0, 1, 3))
-    assert min(found["mpjpe_mm"], found["n_mpjpe_mm"]) > 50 and found["pa_mpjpe_mm"] < 0.01
-
-
-def test_reflection_is_not_free() -> None:
-    found = errors(lambda pose: pose * (-1, 1, 1))
-    assert found["pa_mpjpe_mm"] > 50
+    assert metrics["auc3d"] == pytest.approx((26 * 12 / 13 + 4) / 31, abs=1e-6)
+    assert run([true], [[found]], pck3d_mm=125)["pck3d"] == pytest.approx(12 / 13)
 
 
 def test_people_without_3d_take_no_part() -> None:
@@ -354,6 +386,82 @@ def test_people_without_3d_take_no_part() -> None:
     true.has3d[1] = False
     metrics = run([true], [[person(true, 0), person(true, 1, move=np.random.default_rng(0).normal(size=(J, 3)))]])
     assert metrics["found"] == 2 and metrics["people3d"] == 1 and metrics["mpjpe_mm"] == pytest.approx(0, abs=1e-3)
+
+
+def test_missed_people_are_wrong_in_all() -> None:
+    """Four with 3D, of whom two are found, one 0.2 m off at the head; a fifth has none, a sixth is a crowd."""
+    true = people(6)
+    true.has3d[4], true.crowd[5] = False, True
+    bent = person(true, 1)
+    bent.pose3d[LCR13.index("head")] += (0, 0, 0.2)
+    metrics = run([true], [[person(true, 0), bent, person(true, 4)]])
+    assert (metrics["people3d"], metrics["people3d_all"], metrics["found"]) == (2, 4, 3)
+    assert metrics["pck3d"] == pytest.approx(25 / 26) and metrics["pck3d_all"] == pytest.approx(25 / 52)
+    assert metrics["auc3d"] == pytest.approx(30 / 31 * 25 / 26) == pytest.approx(2 * metrics["auc3d_all"])
+    assert metrics["per_joint"]["head"]["pck3d"] == 0.5 and metrics["per_joint"]["head"]["mpjpe_mm"] == pytest.approx(
+        100
+    )
+    assert 5 < metrics["per_joint"]["r_knee"]["pa_mpjpe_mm"] + metrics["per_joint"]["head"]["pa_mpjpe_mm"] < 100
+
+
+# Tables and curves ---------------------------------------------------------------------------------------------------
+
+
+def test_groups() -> None:
+    truth = [people(2), people(1, 1), people(0), people(1, 2)]
+    far = person(truth[0], 0, move=(0, 0, 0))
+    far.pose3d[LCR13.index("head")] += (0, 0, 0.13)
+    found = [[far], [person(truth[1], 0, shift=(0, 10))], [], []]
+    metrics = evaluate.evaluate(truth, found, LCR13, SETTINGS, ["walk", "sit", "empty", "walk"])
+    groups = metrics["per_group"]
+    assert list(groups) == ["empty", "sit", "walk"] and list(groups["sit"]) == list(metrics["per_size"]["small"])
+    assert [(g["people"], g["found"], g["recall"]) for g in groups.values()] == [(0, 0, None), (1, 1, 1), (3, 1, 1 / 3)]
+    assert groups["walk"]["mpjpe_mm"] == pytest.approx(10, abs=1e-3) and groups["sit"]["mpjpe_mm"] < 1e-3
+    assert groups["sit"]["error2d_height_median"] == pytest.approx(10 / 200) and groups["empty"]["pck3d"] is None
+    assert json.loads(json.dumps(metrics, allow_nan=False)) == metrics and "walk" in evaluate.table(metrics)
+    assert "per_group" not in run(truth, found)
+    with pytest.raises(ValueError, match="4 images of truth, but groups of 1"):
+        evaluate.evaluate(truth, found, LCR13, SETTINGS, ["walk"])
+
+
+def test_curves() -> None:
+    """One person of two is found, 6 pixels (a tenth of the torso) and, at the head, 100 mm off."""
+    true = people(2)
+    found = person(true, 0, shift=(6, 0))
+    found.pose3d[LCR13.index("head")] += (0, 0, 0.1)
+    curves = run([true], [[found]])["curves"]
+    pck2d, pck3d = curves["pck2d"], curves["pck3d"]
+    assert pck2d["threshold"][10] == 0.1 and len(pck2d["threshold"]) == 51
+    assert pck2d["matched"] == [0] * 10 + [1] * 41 and pck2d["all"] == [0] * 10 + [0.5] * 41
+    assert pck3d["threshold_mm"][20] == 100 and len(pck3d["threshold_mm"]) == len(pck3d["matched"]) == 61
+    assert pck3d["matched"][19] == pytest.approx(12 / 13) and pck3d["matched"][21] == 1 and pck3d["all"][21] == 0.5
+    assert len(curves["pr"]["recall"]) == 101 and curves["pr"]["precision"]["0.50"][:50] == pytest.approx([1] * 50)
+    curves = run([true], [[]])["curves"]  # nobody is found, two are to be
+    assert curves["pck2d"]["matched"] == [] and curves["pck2d"]["all"] == [0] * 51
+    empty = {"pr": {"recall": [], "precision": {"0.50": [], "0.75": []}},
+             "pck2d": {"threshold": [], "matched": [], "all": []},
+             "pck3d": {"threshold_mm": [], "matched": [], "all": []}}  # fmt: skip
+    assert run([people(0)], [[]])["curves"] == empty
+
+
+def test_curves_pass_through_the_figures() -> None:
+    truth, found = random_images(40, 3)
+    metrics = run(truth, found)
+    curves = metrics["curves"]
+    for key, name, at in (("pck2d", "pck2d", 20), ("pck3d", "pck3d", 30)):
+        assert curves[key]["matched"][at] == pytest.approx(metrics[name])
+        assert curves[key]["all"][at] == pytest.approx(metrics[f"{name}_all"])
+    for kind, figure in (("matched", "auc3d"), ("all", "auc3d_all")):
+        assert np.mean(curves["pck3d"][kind][:31]) == pytest.approx(metrics[figure])
+
+
+def test_the_predecessor_on_request() -> None:
+    true = people(1)
+    metrics = run([true], [[person(true, 0, shift=(30, 0))]], predecessor=True)
+    assert metrics["predecessor"]["Err2d"] == pytest.approx(13 * 30 / 100)
+    assert "Err2d_avg               3.9" in evaluate.table(metrics) and "predecessor" not in run([true], [[]])
+    nothing = run([true], [[]], predecessor=True)
+    assert nothing["predecessor"]["PCK2d"] is None and "PCK2d                   -" in evaluate.table(nothing)
 
 
 # Nothing to measure, and much of it ----------------------------------------------------------------------------------
@@ -366,7 +474,11 @@ def test_nothing_to_measure() -> None:
         ([nobody], [[]], FIGURES),
         ([nobody], [[stranger]], [f for f in FIGURES if f != "precision"]),
         ([crowd((0, 0, 900, 900))], [[stranger]], FIGURES),
-        ([somebody], [[]], [f for f in FIGURES if f not in ("recall", "pck2d_all") and not f.startswith("oks")]),
+        (
+            [somebody],
+            [[]],
+            [f for f in FIGURES if f != "recall" and not f.startswith("oks") and not f.endswith("_all")],
+        ),
     ):
         metrics = run(truth, found)
         assert [f for f in FIGURES if metrics[f] is None] == list(missing)
@@ -388,6 +500,8 @@ def test_table_names_every_figure() -> None:
     text = evaluate.table(run([true], [[person(true, 0, shift=(1, 0))]]))
     assert "mpjpe_mm" in text and "r_wrist" in text and "medium" in text and "None" not in text
     assert "recall                  1\n" in text
+    others = {"curves": {"pr": {}}, "calibration": {"score": {}}, "unreadable_files": {"a": "b"}, "list": [1]}
+    assert evaluate.table(run([true], [[person(true, 0, shift=(1, 0))]]) | others) == text
 
 
 def test_fast() -> None:
