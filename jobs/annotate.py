@@ -64,7 +64,7 @@ def annotate(
     model = os.path.abspath(model)
     ids = {"model": weights.model_id(model)}
     resolved = settings(config.load(Path(model) / "config.yaml"), asked).model_copy(update={"annotate": asked.annotate})
-    ids["config"] = config_id(resolved, asked.annotate.max_pixels)
+    ids["config"] = config_id(resolved, asked.annotate.max_pixels, asked.annotate.calibrated)
     found, others = image.find(images)
     folder = writable(os.path.abspath(out))
     before = _committed(folder, ids)
@@ -81,7 +81,7 @@ def annotate(
     }  # fmt: skip
     _write_json(folder / "run.json", about)
 
-    run = _run(todo, folder, model, _root(images), asked, annotator) if todo else {"images": 0, "images_per_s": 0.0}
+    run = _run(todo, folder, model, _root(images), asked, annotator) if todo else {"images": 0, "images_per_s": 0.0, "dropped": 0}
 
     rows = pa.concat_tables(pq.ParquetFile(f).read(["uri", "error", _SCORES]) for f in _files(folder))
     rows = rows.filter(pc.is_in(rows["uri"], pa.array(found, pa.string())))
@@ -94,6 +94,8 @@ def annotate(
               "unreadable": len(faults), "labelled_before": len(found) - len(todo)}  # fmt: skip
     about |= {"finished": True, **counts, "run": run | {"seconds": round(time.time() - started, 1)}}
     _write_json(folder / "run.json", about)
+    if run["dropped"]:
+        print(f"{run['dropped']} pose proposals were left out: the network gave them numbers that are not finite")
     print(f"done: {folder} has a row of each of {counts['images']} images: {counts['people']} people, "
           f"{counts['unreadable']} unreadable; {run['images']} images now, at {run['images_per_s']:.1f} images/s",
           flush=True)  # fmt: skip
@@ -114,7 +116,7 @@ def _run(
     context.enable_progress_bars = context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would tell that there are no bars
     arguments = {"model": model, "device": "cuda" if own.gpu else "cpu", "max_pixels": own.max_pixels,
-                 "batch": own.batch, "asked": asked, "root": root}  # fmt: skip
+                 "batch": own.batch, "asked": asked, "root": root, "calibrated": own.calibrated}  # fmt: skip
     threads = max(1, int(ray.available_resources().get("CPU", 1) // workers))  # Ray itself would allow one
     # A block is a task is a file: batch_size=None hands each over whole.
     rows = [{"uri": uri, "error": error} for uri, error in todo.items()]
@@ -122,7 +124,7 @@ def _run(
         Labeller, fn_constructor_args=(out, arguments, threads, annotator), batch_size=None, batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=workers), num_cpus=1, num_gpus=1 if own.gpu else 0,
     )  # fmt: skip
-    done = {"images": 0, "people": 0, "unreadable": 0}
+    done = {"images": 0, "people": 0, "unreadable": 0, "dropped": 0}
     started, over = time.time(), threading.Event()
 
     def speed() -> float:

@@ -31,7 +31,17 @@ DETECTION: dict[str, tuple[str, ...]] = {
     "image": ("short_side", "max_side"),
     "rpn": ("nms_iou", "pre_nms", "post_nms", "min_size"),
     "head": ("score_floor", "at_least", "passes"),
-    "ppi": ("th_pose3D", "th_iou", "iou_func", "min_mode_score", "th_persondetect"),
+    "ppi": (
+        "released",
+        "variant",
+        "faults",
+        "postprocess",
+        "th_pose3D",
+        "th_iou",
+        "iou_func",
+        "min_mode_score",
+        "th_persondetect",
+    ),
 }
 """The fields that may differ from those a model was trained with: they change what it finds, not what it is."""
 
@@ -53,13 +63,25 @@ def settings(own: Config, asked: Config) -> Config:
     return from_dict(out)
 
 
-def config_id(config: Config, max_pixels: int = image.MAX_PIXELS) -> str:
+def config_id(config: Config, max_pixels: int = image.MAX_PIXELS, calibrated: bool = True) -> str:
     """16 hex digits of what decides the labels besides the weights. Batch size, workers and device do not."""
-    decides: dict[str, Any] = {
+    return _hash([_decides(config), max_pixels, calibrated])
+
+
+def detector_id(config: Config) -> str:
+    """16 hex digits of what decides which scores a model gives; a calibration holds for those alone."""
+    return _hash(_decides(config))
+
+
+def _decides(config: Config) -> dict[str, Any]:
+    return {
         section: {name: getattr(getattr(config, section), name) for name in fields}
         for section, fields in DETECTION.items()
     }
-    return hashlib.sha256(json.dumps([decides, max_pixels], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def _hash(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16]
 
 
 @dataclass
@@ -83,7 +105,8 @@ class Annotator:
     asked       configuration whose explicit detection settings take the place of the model's (see `settings`)
     root        folder that is labelled, for the groups of its images (labels.group_of)
     threads     that decode ahead of the model
-    load        opens the model folder: an object with config, skeleton and detect_batch
+    calibrated  scores as the model's calibration has them, if it has one
+    load        opens the model folder: an object with config, skeleton, calibration, dropped and detect_batch
     """
 
     def __init__(
@@ -95,6 +118,7 @@ class Annotator:
         asked: Config | None = None,
         root: str = "",
         threads: int = 4,
+        calibrated: bool = True,
         load: Callable[..., Any] = weights.load,
     ):
         self.model = load(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
@@ -103,7 +127,14 @@ class Annotator:
             self.model.config = settings(self.model.config, asked)
             self.model.rpn.config = self.model.config.rpn
         self.model_id = weights.model_id(model)
-        self.config_id = config_id(self.model.config, max_pixels)
+        self.config_id = config_id(self.model.config, max_pixels, calibrated)
+        own = self.model.calibration if calibrated else None
+        if own and own.about.get("detector") != detector_id(self.model.config):
+            raise UserError(
+                f"{model}: its calibration is of other settings of {', '.join(DETECTION)}: detect with the model's own, "
+                "calibrate again (jobs/evaluate.py --calibrate), or take scores as they are (--annotate.calibrated false)"
+            )
+        self.model.calibration = own
 
     def __call__(self, batch: Mapping[str, Sequence[Any]]) -> pa.Table:
         """One row per image, in the order given, whatever becomes of it.
@@ -117,6 +148,11 @@ class Annotator:
         for group, pixels in self._decoded(self._groups(pictures)):
             self._detect(group, pixels)
         return labels.table(self._row(picture) for picture in pictures)
+
+    @property
+    def dropped(self) -> int:
+        """Pose proposals left out so far, because a number of theirs is not finite."""
+        return int(self.model.dropped)
 
     def _groups(self, pictures: Sequence[_Picture]) -> list[list[_Picture]]:
         """Images of similar shape (padding is lost work), at most `batch` of them and _PIXELS pixels, but one."""
@@ -215,12 +251,14 @@ class Labeller:
         self.max_pixels, self.stride = arguments["max_pixels"], 4 * arguments["batch"]
 
     def __call__(self, block: pa.Table) -> pa.Table:
-        """A block with columns `uri` and `error` (see image.find) -> one row: images, people, unreadable (counts).
+        """A block with columns `uri` and `error` (see image.find) -> one row: images, people, unreadable, and dropped
+        pose proposals (counts).
 
         The file's name comes from the uris: a block that is done twice, after a lost worker, is still one file. It
         appears under that name when it is whole.
         """
         rows = block.to_pylist()
+        dropped = getattr(self.annotate, "dropped", 0)
         parts = [rows[i : i + self.stride] for i in range(0, len(rows), self.stride)]
         tables = []
         with ThreadPoolExecutor(1) as pool:  # reads one part ahead: a whole block of photographs may not fit in memory
@@ -239,6 +277,7 @@ class Labeller:
             "images": [len(table)],
             "people": [pc.sum(pc.list_value_length(table["people"])).as_py() or 0],
             "unreadable": [pc.sum(pc.equal(table["status"], "unreadable")).as_py() or 0],
+            "dropped": [getattr(self.annotate, "dropped", 0) - dropped],
         })  # fmt: skip
 
     def _read(self, rows: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 
@@ -38,6 +38,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 Decay = Annotated[float, Field(ge=0, lt=1)]
 Count = Annotated[int, Field(ge=1)]
 Floats = tuple[Positive, ...]
+Elevation = Annotated[float, Field(ge=-90, le=90)]
 
 
 class Model(Section):
@@ -134,9 +135,30 @@ class Head(Section):
     passes: int = Field(1, ge=1, le=3, description="2: the boxes of the poses found go through the head once more")
 
 
+PPI_RELEASED: dict[str, dict[str, Any]] = {
+    "DEMO_ECCV18": {"th_pose3D": 0.3, "th_iou": 0.1, "iou_func": "shoulderhead", "min_mode_score": 0.1,
+                    "th_persondetect": 0.2},
+    "InTheWild-ResNet50": {"th_pose3D": 0.04, "th_iou": 0.14, "iou_func": "bbox_torsohead", "min_mode_score": 0.05,
+                           "th_persondetect": 0.5},
+}  # fmt: skip
+"""`ppi_params` of the released models of these names."""
+
+PpiFault = Literal["lr_mixed", "roi_boxes", "legs_full", "legs_off_by_one", "score_sum", "anchor_by_position"]
+
+
 class Ppi(Section):
     """Pose proposals integration: proposals -> people. Named as in the released parameter sets."""
 
+    released: Literal["", "DEMO_ECCV18", "InTheWild-ResNet50"] = Field(
+        "", description="the five settings after postprocess as this released model has them, but for those given"
+    )
+    variant: Literal["corrected", "lcrnet", "improved"] = Field(
+        "corrected", description="lcrnet (2.0) and improved (2020) do as that public code does, with its faults"
+    )
+    faults: tuple[PpiFault, ...] = Field((), description="further faults of the public code, see lcrnet/ppi.py")
+    postprocess: Literal["ppi", "nms"] = Field(
+        "ppi", description="nms: of overlapping poses the best, none merged; needs th_iou and th_persondetect only"
+    )
     th_pose3D: Positive = Field(0.3, description="mean joint distance within one mode, metres")
     th_iou: Share = Field(0.1, description="2D overlap that puts proposals into one group (a distance for others)")
     iou_func: Literal[
@@ -144,7 +166,26 @@ class Ppi(Section):
         "shoulderheadLR", "mje",
     ] = Field("bbox_torsohead", description="what overlap is measured on")  # fmt: skip
     min_mode_score: NonNegative = Field(0.1, description="a further mode needs a centre of at least this score")
-    th_persondetect: NonNegative = Field(0.5, description="summed score from which on a group is a person")
+    th_persondetect: NonNegative = Field(0.5, description="a group with a summed score above it is a person")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _filled(cls, values: Any) -> Any:
+        """The settings of the released set that are not given."""
+        return PPI_RELEASED.get(str(values.get("released")), {}) | values if isinstance(values, dict) else values
+
+    @model_validator(mode="after")
+    def _possible(self) -> Ppi:
+        if self.variant == "lcrnet" and self.iou_func == "mje":
+            raise ValueError("iou_func mje came with the improved code: set variant: improved or corrected")
+        return self
+
+    @property
+    def wrong(self) -> frozenset[str]:
+        """The faults in force: those of the variant and those asked for."""
+        own = {"lcrnet": {"lr_mixed", "score_sum"},
+               "improved": {"roi_boxes", "legs_off_by_one", "score_sum", "anchor_by_position"}}  # fmt: skip
+        return frozenset(own.get(self.variant, set()) | set(self.faults))
 
 
 class Image(Section):
@@ -160,12 +201,31 @@ class Image(Section):
     std: tuple[Positive, Positive, Positive] = Field((0.229, 0.224, 0.225), description="RGB standard deviation")
 
 
+def _count_or_auto(value: Any) -> Any:
+    # One message for both: pydantic itself has one for each member of a union.
+    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 1):
+        return value
+    raise ValueError("must be auto or a whole number from 1 on")
+
+
 class Anchors(Section):
     """Anchor poses, the classes of the network."""
 
     file: str | None = Field(None, description="anchor poses to use; without it they are clustered from the data")
-    k: Count = Field(10, description="3D poses to cluster")
+    k: Annotated[int | Literal["auto"], BeforeValidator(_count_or_auto)] = Field(
+        10, description="3D poses to cluster; auto: as many as the coverage curve says (gain)"
+    )
     upper: bool = Field(True, description="add a variant of each for boxes round the upper body")
+    headings: int = Field(
+        0, ge=0, le=64, description="n: the heading is removed, and each of the k poses put into n; 0: as they are"
+    )
+    gain: Annotated[float, Field(gt=0, lt=1)] = Field(
+        0.1, description="k auto: the smallest after which no doubling lowers the 95th percentile by this share"
+    )
+    views: Count = Field(8, description="headings at which a camera sees each pose of a motion-capture file")
+    twin: NonNegative = Field(
+        0.05, description="metres under which two anchor poses are near-twins, which is warned of"
+    )
 
 
 class Data(Section):
@@ -214,6 +274,7 @@ class Annotate(Section):
     gpu: bool = Field(False, description="each on a GPU of its own")
     block: Count = Field(256, description="images of one Parquet file, which is what a kill can cost")
     max_pixels: Count = Field(100_000_000, description="larger images are recorded as unreadable")
+    calibrated: bool = Field(True, description="scores are probabilities where the model has a calibration")
 
 
 class Coco(Section):
@@ -228,10 +289,16 @@ class Coco(Section):
 class Evaluate(Section):
     """Matching of people to truth, and the thresholds of the figures."""
 
+    match: Literal["oks", "distance"] = Field("oks", description="what pairs people: OKS, or the distance of 2D joints")
     oks: Share = Field(0.5, description="OKS from which on a person is found")
+    distance: Positive = Field(
+        0.25, description="with `match` distance: mean distance below which a person is found, longer sides of the pose"
+    )
     min_score: Share = Field(0.5, description="people below this score do not count as detected (OKS-AP takes all)")
     pck2d: Positive = Field(0.2, description="PCK threshold, units of the torso's length")
+    pckh: Positive = Field(0.5, description="PCKh threshold, sizes of the head")
     pck3d_mm: Positive = Field(150, description="3DPCK threshold, millimetres")
+    predecessor: bool = Field(False, description="also the figures of the seed's test_net.py, faults included")
 
 
 class Tune(Section):
@@ -244,6 +311,30 @@ class Tune(Section):
     metric: str = Field("oks_ap", description="a figure of metrics.json")
     mode: Literal["max", "min"] = Field("max", description="whether the best trial has the largest or the smallest")
     concurrent: int = Field(0, ge=0, description="trials at a time; 0 = as many as the cluster holds")
+
+
+class Lift(Section):
+    """3D poses for people with 2D labels, from motion capture."""
+
+    headings: Count = Field(16, description="directions, evenly round, that every motion-capture pose is seen from ...")
+    elevations: tuple[Elevation, ...] = Field(
+        (-20, 0, 20), min_length=1, description="... by cameras so many degrees above the horizon"
+    )
+    neighbours: Count = Field(256, description="poses that a person's is the weighted mean of; 1: the nearest")
+    softness: Positive = Field(
+        0.08, description="how fast their weight falls: exp(-cost / softness), cost in shares of the 2D pose's variance"
+    )
+    roll: NonNegative = Field(
+        0.02, description="cost of in-plane rotation, roll (1 - cos angle); 0 for gymnasts, 0.2 where people stand"
+    )
+    tilt: NonNegative = Field(0.1, description="cost of the camera's elevation, tilt (1 - cos elevation)")
+    min_joints: int = Field(8, ge=3, description="people with fewer labelled joints get no 3D pose")
+    max_error: Positive = Field(
+        0.5, description="nor those whose nearest pose is off by more: RMS of the 2D residual over that of the 2D pose"
+    )
+    doubt: Positive = Field(
+        0.2, description="metres of expected error (misfit and disagreement of neighbours) at which trust is a half"
+    )
 
 
 class Draw(Section):
@@ -272,6 +363,7 @@ class Config(Section):
     coco: Coco = Coco()
     evaluate: Evaluate = Evaluate()
     tune: Tune = Tune()
+    lift: Lift = Lift()
     draw: Draw = Draw()
 
     @model_validator(mode="after")

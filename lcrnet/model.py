@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from lcrnet import backbone, image, ops, ppi
 from lcrnet.anchors import AnchorPoses
+from lcrnet.calibration import Calibration
 from lcrnet.config import Config
 from lcrnet.heads import PosePredictor
 from lcrnet.pose import People, Person, PoseProposals, box_of
@@ -28,7 +29,11 @@ def build(config: Config, anchors: AnchorPoses) -> LCRNet:
 
 
 class LCRNet(nn.Module):
-    """Localization (body, RPN), classification and regression (head, predictor) of anchor poses."""
+    """Localization (body, RPN), classification and regression (head, predictor) of anchor poses.
+
+    calibration  makes scores of `detect` probabilities; None: they are PPI's
+    dropped      pose proposals that `detect` has left out so far, because a number of theirs is not finite
+    """
 
     mean: Tensor
     std: Tensor
@@ -36,6 +41,8 @@ class LCRNet(nn.Module):
     def __init__(self, config: Config, anchors: AnchorPoses):
         super().__init__()
         self.config, self.anchors = config, anchors
+        self.calibration: Calibration | None = None
+        self.dropped = 0
         self.body, self.box_head, width = backbone.build(config.model)
         self.rpn = RPN(self.body.rpn_channels, self.body.rpn_strides, config.rpn)
         self.predictor = PosePredictor(width, anchors, config.model.shared_regressor)
@@ -125,9 +132,11 @@ class LCRNet(nn.Module):
     def detect_batch(self, images: Sequence[np.ndarray]) -> list[list[Person]]:
         """`detect` of several images; fastest where they have the same shape."""
         sizes = [shot.shape[:2] for shot in images]
-        return ppi.integrate_batch(
+        people, dropped = ppi.integrate_batch(
             self._propose(images), sizes, self.config.ppi, self.skeleton, self.anchors.upper_only
         )
+        self.dropped += sum(dropped)
+        return [self.calibration.apply(p) for p in people] if self.calibration else people
 
     def propose(self, images: Sequence[np.ndarray]) -> list[PoseProposals]:
         """The pose proposals of several images (H, W, 3) uint8 RGB, in their pixels; NumPy."""

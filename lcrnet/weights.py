@@ -4,6 +4,7 @@ MODEL/model.safetensors   the weights
 MODEL/config.yaml         the resolved configuration
 MODEL/anchors.json        the anchor poses and their skeleton
 MODEL/model.json          versions, metrics, training data, id
+MODEL/calibration.json    what turns scores into probabilities, once jobs/evaluate.py --calibrate has found it
 
     python -m lcrnet.weights FILE [PART ...] [--out FOLDER]
 
@@ -27,7 +28,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 import lcrnet
-from lcrnet import anchors, config, legacy
+from lcrnet import anchors, calibration, config, legacy
+from lcrnet.calibration import Calibration
 from lcrnet.config import Config, UserError
 from lcrnet.imports import BODY, Imported
 from lcrnet.model import LCRNet, build
@@ -43,6 +45,10 @@ def save(model: LCRNet, folder: str | os.PathLike[str], about: dict[str, Any] | 
     save_file({k: v.detach().cpu().contiguous() for k, v in model.state_dict().items()}, folder / "model.safetensors")
     config.save(model.config, folder / "config.yaml")
     anchors.save(model.anchors, folder / "anchors.json")
+    if model.calibration:
+        calibration.save(model.calibration, folder / calibration.FILE)
+    else:
+        (folder / calibration.FILE).unlink(missing_ok=True)  # of the model that was there
     facts = {
         "format": FORMAT,
         "lcrnet": lcrnet.__version__,
@@ -66,7 +72,20 @@ def load(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> 
         raise UserError(f"{folder}/model.json: format {about.get('format')!r}, this version reads {FORMAT}")
     model = build(config.load(folder / "config.yaml"), anchors.load(folder / "anchors.json"))
     fill(model, folder, strict=True)
+    if (folder / calibration.FILE).exists():
+        model.calibration = calibration.load(folder / calibration.FILE)
     return model.to(memory_format=torch.channels_last).to(device).eval()
+
+
+def calibrate(folder: str | os.PathLike[str], found: Calibration) -> None:
+    """Puts a calibration into a model folder, in place of its old one; the model gets a new id."""
+    folder = Path(folder)
+    about = read_about(folder)
+    calibration.save(found, folder / calibration.FILE)
+    about["id"] = model_id(folder)
+    part = folder / ".model.json.part"
+    part.write_text(json.dumps(about, indent=1), encoding="utf-8")
+    part.replace(folder / "model.json")
 
 
 def fill(model: LCRNet, folder: str | os.PathLike[str], strict: bool) -> list[str]:
@@ -161,9 +180,11 @@ def read_about(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def model_id(folder: str | os.PathLike[str]) -> str:
-    """16 hex digits of the sha256 of weights, configuration and anchor poses: what decides the model's output."""
+    """16 hex digits of the sha256 of weights, configuration, anchor poses and calibration, if there is one: of what
+    decides the model's output."""
     digest = hashlib.sha256()
-    for name in _HASHED:
+    calibrated = [calibration.FILE] if (Path(folder) / calibration.FILE).exists() else []
+    for name in (*_HASHED, *calibrated):
         try:
             digest.update((Path(folder) / name).read_bytes())
         except OSError as error:

@@ -26,6 +26,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.config, self.skeleton, self.rpn = Config(), LCR13, SimpleNamespace(config=None)
+        self.calibration, self.dropped = None, 0
         self.calls: list[list[tuple[int, int]]] = []
         self.broken = False
 

@@ -1,7 +1,8 @@
 """Pose proposals integration once more, one proposal and one joint at a time, to test lcrnet.ppi against.
 
 Written from the paper's description and the facts of SEED.md (S21) and PEERS.md (2), in plain Python numbers. It
-shares nothing with lcrnet.ppi: joints are named here again, by their places in LCR13.
+shares nothing with lcrnet.ppi: joints are named here again, by their places in LCR13. `faults` are those of the public
+code; tests/bench/ppi.py compares with that code itself.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ class Found:
     pose3d: list[list[float]]
     members: list[int]
     spread: list[float]
+    anchor: int
 
 
 def joints_of(iou_func: str) -> tuple[int, ...]:
@@ -49,43 +51,71 @@ def mean_distance(p: Any, q: Any, pairs: list[tuple[int, int]]) -> float:
     return sum(math.dist([float(v) for v in p[i]], [float(v) for v in q[j]]) for i, j in pairs) / len(pairs)
 
 
-def overlap(p: Any, c: Any, iou_func: str, threshold: float, height: int, width: int) -> bool:
+def region_box(roi: Any) -> tuple[float, float, float, float]:
+    x1, y1, x2, y2 = (float(v) for v in roi)
+    return x1, y1, x2 + 1, y2 + 1
+
+
+def overlap(
+    p: Any, c: Any, iou_func: str, threshold: float, height: int, width: int, rois: Any = None, mixed: bool = False
+) -> bool:  # fmt: skip
+    """rois: boxes of the regions of both, in place of those of their poses; mixed: x and y of different pairs."""
     joints = joints_of(iou_func)
     if iou_func.startswith("bbox"):
-        return iou(box(p, joints, height, width), box(c, joints, height, width)) > threshold
-    x1, y1, x2, y2 = box(c, tuple(range(13)), height, width)
+        boxes = [region_box(r) for r in rois] if rois else [box(pose, joints, height, width) for pose in (p, c)]
+        return iou(*boxes) > threshold
+    x1, y1, x2, y2 = region_box(rois[1]) if rois else box(c, tuple(range(13)), height, width)
     apart = mean_distance(p, c, [(j, j) for j in joints])
     if iou_func.endswith("LR"):
-        apart = min(apart, mean_distance(p, c, [(OTHER_SIDE[j], j) for j in joints]))
+        other = [(OTHER_SIDE[j], j) for j in joints]
+        if mixed:
+            away = [math.hypot(float(p[m][0]) - float(c[j][0]), float(p[j][1]) - float(c[m][1])) for m, j in other]
+            apart = min(apart, sum(away) / len(away))
+        else:
+            apart = min(apart, mean_distance(p, c, other))
     return apart / (2 * max(x2 - x1, y2 - y1)) < threshold
 
 
 def integrate(
     score: Any, anchor: Any, pose2d: Any, pose3d: Any, height: int, width: int, upper_only: Any, th_pose3D: float,
-    th_iou: float, iou_func: str, min_mode_score: float, th_persondetect: float,
+    th_iou: float, iou_func: str, min_mode_score: float, th_persondetect: float, rois: Any = None,
+    faults: frozenset[str] = frozenset(),
 ) -> list[Found]:  # fmt: skip
     """The people, largest mass first."""
     score = [float(s) for s in score]
+    first = list(upper_only).index(True)
+    legs = [upper and "legs_full" not in faults and not (k == first and "legs_off_by_one" in faults)
+            for k, upper in enumerate(upper_only)]  # fmt: skip
+
+    def near(i: int, c: int) -> bool:
+        regions = (rois[i], rois[c]) if "roi_boxes" in faults else None
+        return overlap(pose2d[i], pose2d[c], iou_func, th_iou, height, width, regions, "lr_mixed" in faults)
+
     left = sorted(range(len(score)), key=lambda i: (-score[i], i))
     found = []
     while left:
         centre = left[0]
-        group = [i for i in left if i == centre or overlap(pose2d[i], pose2d[centre], iou_func, th_iou, height, width)]
+        group = [i for i in left if i == centre or near(i, centre)]
         left = [i for i in left if i not in group]
         candidates = modes(group, score, pose3d, th_pose3D, min_mode_score)
-        best = max(candidates, key=lambda members: sum(score[i] for i in members))
+        best, place = max(candidates, key=lambda mode: sum(score[i] for i in mode[0]))
         if sum(score[i] for i in best) > th_persondetect:
-            found.append(merge(best, score, anchor, pose2d, pose3d, upper_only))
+            found.append(merge(best, score, anchor, pose2d, pose3d, legs))
+            if "anchor_by_position" in faults:
+                found[-1].anchor = int(anchor[place])
     return sorted(found, key=lambda f: -f.mass)
 
 
-def modes(group: list[int], score: list[float], pose3d: Any, near: float, least: float) -> list[list[int]]:
+def modes(
+    group: list[int], score: list[float], pose3d: Any, near: float, least: float
+) -> list[tuple[list[int], int]]:  # fmt: skip
+    """The members of each mode, and the place of its centre among those of the group that were free, as given."""
     everywhere = [(j, j) for j in range(13)]
-    out: list[list[int]] = []
+    out: list[tuple[list[int], int]] = []
     free = list(group)
     while free and (not out or score[free[0]] >= least):
         members = [i for i in group if mean_distance(pose3d[i], pose3d[free[0]], everywhere) < near]
-        out.append(members)
+        out.append((members, sorted(free).index(free[0])))
         free = [i for i in free if i not in members]
     return out
 
@@ -105,4 +135,21 @@ def merge(members: list[int], score: list[float], anchor: Any, pose2d: Any, pose
         mean3d.append(mean(pose3d, 3))
         apart = [math.dist([float(v) for v in pose3d[i][j]], mean3d[-1]) for i in members]
         spread.append(sum(w * a for w, a in zip(weight, apart, strict=True)) / total)
-    return Found(sum(score[i] for i in members), mean2d, mean3d, members, spread)
+    return Found(sum(score[i] for i in members), mean2d, mean3d, members, spread, int(anchor[members[0]]))
+
+
+def suppress(
+    score: Any, pose2d: Any, least: float, most_overlap: float, margin: float = 0.1
+) -> list[int]:  # fmt: skip
+    """The rows that are left after greedy NMS of poses, best first."""
+    boxes = []
+    for pose in pose2d:
+        xs, ys = [float(j[0]) for j in pose], [float(j[1]) for j in pose]
+        w, h = margin * (max(xs) - min(xs)), margin * (max(ys) - min(ys))
+        boxes.append((min(xs) - w, min(ys) - h, max(xs) + w, max(ys) + h))
+    left = sorted((i for i in range(len(boxes)) if score[i] >= least), key=lambda i: (-score[i], i))
+    kept = []
+    while left:
+        kept.append(left[0])
+        left = [i for i in left[1:] if iou(boxes[i], boxes[kept[-1]]) <= most_overlap]
+    return kept
