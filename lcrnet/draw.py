@@ -107,7 +107,7 @@ def view3d(
     width = size[0] / 80 * REACH / reach
     for pose in scene:
         for a, b in skeleton.bones.tolist():
-            axes.plot(*pose[[a, b]].T, color=_hex(_side(skeleton, a, b)), linewidth=width, solid_capstyle="round")
+            axes.plot(*pose[[a, b]].T, color=_hex(side(skeleton, a, b)), linewidth=width, solid_capstyle="round")
     for pose, name in zip(scene, names, strict=False):
         axes.text(*pose[:, :2].mean(0), pose[:, 2].max() + 0.06 * reach, name, fontsize=7, ha="center")
     canvas.draw()
@@ -130,7 +130,7 @@ def tile(
     small = cv2.resize(image, None, fx=scale, fy=scale, interpolation=how)
     panels = []
     for name, people in layers.items():
-        flat = overlay(small, _scaled(people, scale), skeleton)
+        flat = overlay(small, scaled(people, scale), skeleton)
         pad = max(0, height - flat.shape[0])
         flat = cv2.copyMakeBorder(flat, pad // 2, pad - pad // 2, 0, 0, cv2.BORDER_CONSTANT, value=PAPER)[:height]
         poses, names = _poses3d(people)
@@ -177,6 +177,69 @@ def curves(
     return np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
+def scaled(people: Sequence[Person] | People, scale: float) -> Sequence[Person] | People:
+    """The same people in an image resized by `scale`."""
+    if isinstance(people, People):
+        return replace(people, box=people.box * scale, pose2d=people.pose2d * scale)
+    return [replace(p, box=p.box * scale, pose2d=p.pose2d * scale) for p in people]
+
+
+def side(skeleton: Skeleton, *joints: int) -> Colour:
+    """The colour of a bone between joints or of one joint: a side's only if all are on that side."""
+    sides = {skeleton.joints[j][:2] for j in joints}
+    return RIGHT if sides == {"r_"} else LEFT if sides == {"l_"} else MIDDLE
+
+
+def anchor(
+    poses2d: np.ndarray, pose3d: np.ndarray, titles: Sequence[str], skeleton: Skeleton, caption: str, height: int = 200
+) -> np.ndarray:
+    """One picture of a sheet of anchor poses: 2D poses (n, J, 2) in units of their boxes, each with its box and title,
+    then the 3D pose (J, 3) they share, as the camera sees it and from 75 degrees to its right, over a caption."""
+    panels = []
+    for pose, title in zip(poses2d, titles, strict=True):
+        # A box in its own units is a square. Its sides in metres are those that make its pose fit the 3D pose best.
+        spread, flat = pose - pose.mean(0), pose3d[:, :2] - pose3d[:, :2].mean(0)
+        metres = np.maximum((spread * flat).sum(0), 0) / np.maximum((spread**2).sum(0), 1e-9)
+        metres = np.maximum(metres, metres.max() / 4) if metres.any() else np.ones(2)  # a line could not be read
+        points = np.concatenate([pose, [[0, 0], [1, 1]]]) * metres
+        low, high = points.min(0), points.max(0)
+        size = np.array([round(0.72 * height), height - 20])
+        scale = 0.92 * (size / np.maximum(high - low, 1e-6)).min()
+        points = (points - (low + high) / 2) * scale + size / 2 + (0, 20)
+        panel = np.full((height, size[0], 3), PAPER, np.uint8)
+        (x1, y1), (x2, y2) = np.rint(points[-2:]).astype(int).tolist()
+        cv2.rectangle(panel, (x1, y1), (x2, y2), GREY)
+        _figure2d(panel, points[:-2], np.full(len(pose), 2), skeleton)
+        _write(panel, (4, 3), title, 12, INK, PAPER)
+        panels.append(panel)
+    views = [view3d(pose3d[None], skeleton, size=(height, round(0.6 * height)), turn=turn) for turn in (0, 75)]
+    body = np.concatenate([*panels, *views], 1)
+    return np.concatenate([body, _line(caption, body.shape[1])])
+
+
+def coverage(rows: Sequence[Mapping[str, float]], k: int, size: tuple[int, int] = (480, 720)) -> np.ndarray:
+    """(height, width) = `size` picture of a coverage curve, rows of k, mean, p95, worst (metres), `k` marked."""
+    figure = Figure(figsize=(size[1] / 100, size[0] / 100), dpi=100, layout="constrained")
+    canvas = FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    ks = [row["k"] for row in rows]
+    for name, text, mark, colour in (("worst", "worst", "^", GREY), ("p95", "95th percentile", "s", RIGHT),
+                                     ("mean", "mean", "o", LEFT)):  # fmt: skip
+        values = [1000 * row[name] for row in rows]
+        axes.plot(ks, values, marker=mark, markersize=4, linewidth=1.4, color=_hex(colour), label=text)
+    axes.axvline(k, color=_hex(INK), linewidth=1, linestyle="--", label=f"chosen: {k}")
+    axes.set_xscale("log", base=2)
+    axes.set_xticks(ks, [str(int(one)) for one in ks], fontsize=8)
+    axes.minorticks_off()
+    axes.set_ylim(bottom=0)
+    axes.set(xlabel="anchor poses (K)", ylabel="mean joint distance to the nearest, mm")
+    axes.set_title("how well anchor poses cover people that they were not clustered from", fontsize=10)
+    axes.grid(color="0.9", linewidth=0.5)
+    axes.legend(fontsize=9, frameon=False)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
 def save(image: np.ndarray, file: str | os.PathLike[str]) -> None:
     """Writes a PNG or JPEG (by the suffix); a picture that is there is replaced in one step."""
     file = Path(file)
@@ -210,19 +273,6 @@ def _poses3d(people: Sequence[Person] | People) -> tuple[np.ndarray, list[str]]:
     return pose3d[rows], [str(p + 1) for p in rows] if len(pose2d) > 1 else []
 
 
-def _scaled(people: Sequence[Person] | People, scale: float) -> Sequence[Person] | People:
-    """The same people in an image resized by `scale`."""
-    if isinstance(people, People):
-        return replace(people, box=people.box * scale, pose2d=people.pose2d * scale)
-    return [replace(p, box=p.box * scale, pose2d=p.pose2d * scale) for p in people]
-
-
-def _side(skeleton: Skeleton, *joints: int) -> Colour:
-    """The colour of a bone between joints or of one joint: a side's only if all are on that side."""
-    sides = {skeleton.joints[j][:2] for j in joints}
-    return RIGHT if sides == {"r_"} else LEFT if sides == {"l_"} else MIDDLE
-
-
 def _figure2d(out: np.ndarray, pose: np.ndarray, seen: np.ndarray, skeleton: Skeleton) -> None:
     """Draws one pose (J, 2): bones with a dark rim, thin towards hidden joints; discs, or rings for hidden joints."""
     stroke = int(np.clip(np.ptp(pose[seen > 0], axis=0).max() / 60, 1, 6))
@@ -230,11 +280,11 @@ def _figure2d(out: np.ndarray, pose: np.ndarray, seen: np.ndarray, skeleton: Ske
         for a, b in skeleton.bones.tolist():
             if seen[a] and seen[b]:
                 thick = stroke if min(seen[a], seen[b]) == 2 else max(1, stroke // 2)
-                colour = INK if rim else _side(skeleton, a, b)
+                colour = INK if rim else side(skeleton, a, b)
                 cv2.line(out, _fine(pose[a]), _fine(pose[b]), colour, thick + 2 * rim, cv2.LINE_AA, FINE)
     one = 2**FINE
     for j in np.flatnonzero(seen).tolist():
-        at, colour = _fine(pose[j]), _side(skeleton, j)
+        at, colour = _fine(pose[j]), side(skeleton, j)
         if seen[j] == 1:
             cv2.circle(out, at, (stroke + 2) * one, INK, 1, cv2.LINE_AA, FINE)
             cv2.circle(out, at, (stroke + 1) * one, colour, max(1, stroke // 2), cv2.LINE_AA, FINE)
