@@ -24,10 +24,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.exceptions import RayError
 
 import lcrnet
-from jobs.session import connect, writable
+from jobs.session import connect, told, writable
 from lcrnet import config, image, weights
 from lcrnet.annotate import Annotator, Labeller, config_id, settings
 from lcrnet.config import Config, UserError
@@ -81,7 +80,9 @@ def annotate(
     }  # fmt: skip
     _write_json(folder / "run.json", about)
 
-    run = _run(todo, folder, model, _root(images), asked, annotator) if todo else {"images": 0, "images_per_s": 0.0, "dropped": 0}
+    run = {"images": 0, "images_per_s": 0.0, "dropped": 0}
+    if todo:
+        run = _run(todo, folder, model, _root(images), asked, annotator)
 
     rows = pa.concat_tables(pq.ParquetFile(f).read(["uri", "error", _SCORES]) for f in _files(folder))
     rows = rows.filter(pc.is_in(rows["uri"], pa.array(found, pa.string())))
@@ -137,13 +138,10 @@ def _run(
 
     threading.Thread(target=report, daemon=True).start()
     try:
-        for commit in commits.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for name in done:
-                done[name] += pc.sum(commit[name]).as_py()
-    except RayError as error:
-        if said := re.search(r"UserError: (.+)", str(error)):  # of what a worker raises, its text arrives
-            raise UserError(said[1]) from None
-        raise
+        with told():
+            for commit in commits.iter_batches(batch_size=None, batch_format="pyarrow"):
+                for name in done:
+                    done[name] += pc.sum(commit[name]).as_py()
     finally:
         over.set()
     return done | {"images_per_s": round(speed(), 2)}

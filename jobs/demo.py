@@ -55,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     stage("done")
     print(table({"trained on drawings": figures, "retrained on its own labels": after}))
     print(f"\nlook at   {out / 'sheet.png'}   people found in images that were never labelled, 2D and 3D"
-          f"\n          {out / 'report/sheet.png'}   truth beside prediction: worst, best, random"
+          f"\n          {out / 'report/report.html'}   figures, curves, truth beside prediction: for a browser"
           f"\n          {out / 'report/metrics.json'}   all figures"
           f"\ncurves    tensorboard --logdir {out / 'run/tensorboard'}"
           f"\nmodel     {out / 'run/model'}   labels {out / 'labels'}   COCO {out / 'coco'}")  # fmt: skip

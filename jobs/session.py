@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
+import re
 import secrets
 import socket
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
 from ray.train import ScalingConfig
 
 from lcrnet.config import Train, UserError
@@ -57,6 +61,17 @@ def connect(workers: int, gpu: bool = False, *, field: str = "train", cpus: int 
         each = f"{cpus} CPU{'s' * (cpus > 1)}{' + 1 GPU' * gpu}"
         fix = f"lower --{field}.workers to {room}" if room else f"--{field}.gpu false" if gpu else "add nodes"
         raise UserError(f"asked for {workers} workers x {each}; the cluster has {has}, room for {room}: {fix}")
+
+
+@contextlib.contextmanager
+def told() -> Iterator[None]:
+    """A UserError that a worker of Ray Data raises arrives as text in one of Ray's own: raise it again."""
+    try:
+        yield
+    except RayError as error:
+        if said := re.search(r"UserError: (.+)", str(error)):
+            raise UserError(said[1]) from None
+        raise
 
 
 def scaling(train: Train) -> ScalingConfig:

@@ -131,8 +131,9 @@ class Annotator:
         own = self.model.calibration if calibrated else None
         if own and own.about.get("detector") != detector_id(self.model.config):
             raise UserError(
-                f"{model}: its calibration is of other settings of {', '.join(DETECTION)}: detect with the model's own, "
-                "calibrate again (jobs/evaluate.py --calibrate), or take scores as they are (--annotate.calibrated false)"
+                f"{model}: its calibration is of other settings of {', '.join(DETECTION)}: detect with the model's "
+                "own, calibrate again (jobs/evaluate.py --calibrate), or take scores as they are "
+                "(--annotate.calibrated false)"
             )
         self.model.calibration = own
 
@@ -281,14 +282,47 @@ class Labeller:
         })  # fmt: skip
 
     def _read(self, rows: Sequence[Mapping[str, str]]) -> dict[str, list[Any]]:
-        batch: dict[str, list[Any]] = {"uri": [row["uri"] for row in rows], "bytes": [], "error": []}
-        for row in rows:
-            data, error = b"", row["error"]
-            if not error:
-                try:
-                    data = image.read_bytes(row["uri"], self.max_pixels)
-                except Unreadable as reason:
-                    error = str(reason)
-            batch["bytes"].append(data)
-            batch["error"].append(error)
-        return batch
+        return read_files([row["uri"] for row in rows], [row["error"] for row in rows], self.max_pixels)
+
+
+class Detector:
+    """A worker of an evaluation job: finds the people of chunks of files, the same in whichever process.
+
+    arguments   the Annotator's (or a like callable's, `annotator`) keywords
+    threads     CPU threads of the model; 0 leaves them as they are
+    """
+
+    def __init__(
+        self, arguments: dict[str, Any], threads: int = 0,
+        annotator: Callable[..., Callable[[Mapping[str, Sequence[Any]]], pa.Table]] = Annotator,
+    ):  # fmt: skip
+        if threads:
+            torch.set_num_threads(threads)
+        self.annotate, self.max_pixels = annotator(**arguments), arguments["max_pixels"]
+
+    def __call__(self, chunks: Mapping[str, Sequence[Sequence[str]]]) -> pa.Table:
+        """A column `uris`, lists of files -> rows of the label table and of each `dropped`, the pose proposals of its
+        chunk that were left out, on the chunk's first row."""
+        tables = []
+        for uris in chunks["uris"]:
+            before = getattr(self.annotate, "dropped", 0)
+            rows = self.annotate(read_files(list(uris), [""] * len(uris), self.max_pixels))
+            dropped = np.zeros(len(rows), np.int64)
+            dropped[:1] = getattr(self.annotate, "dropped", 0) - before
+            tables.append(rows.append_column("dropped", pa.array(dropped)))
+        return pa.concat_tables(tables)
+
+
+def read_files(uris: Sequence[str], errors: Sequence[str], max_pixels: int) -> dict[str, list[Any]]:
+    """A batch for `Annotator`: the bytes of files, or why they could not be read; those with an error are left."""
+    batch: dict[str, list[Any]] = {"uri": list(uris), "bytes": [], "error": []}
+    for uri, error in zip(uris, errors, strict=True):
+        data = b""
+        if not error:
+            try:
+                data = image.read_bytes(uri, max_pixels)
+            except Unreadable as reason:
+                error = str(reason)
+        batch["bytes"].append(data)
+        batch["error"].append(error)
+    return batch

@@ -24,6 +24,7 @@ from pycocotools.cocoeval import COCOeval
 from scipy.optimize import linear_sum_assignment
 
 from lcrnet import config, image
+from lcrnet.calibration import EVENTS, Judged
 from lcrnet.metrics import (
     CURVE_2D,
     CURVE_3D_MM,
@@ -346,6 +347,48 @@ def evaluate(
     if settings.predecessor:
         metrics["predecessor"] = predecessor(truth, found, skeleton)
     return metrics
+
+
+def judge(truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton) -> Judged:
+    """Which of all detections, and which of their joints, are right, by each of `calibration.EVENTS`.
+
+    Detections are paired with people by the largest sum of OKS, however small. One without a pair is wrong in all its
+    joints, or not judged in a crowd region. By millimetres only people with 3D are judged, and false detections where
+    everybody in the image has it.
+    """
+    joints, every = len(skeleton), list(EVENTS)
+    outcomes = _outcomes(truth, found, skeleton, config.Evaluate(oks=0, min_score=0))
+    persons = [person for own in found for person in own]
+    start = np.cumsum([0, *(len(own) for own in found)])
+    image = np.repeat(np.arange(len(found)), [len(own) for own in found])
+    right, right_j = np.full((len(every), len(persons)), np.nan), np.full((len(every), len(persons), joints), np.nan)
+    rows, people, near = [np.zeros(0, np.int64)], [People.empty(0, joints)], [np.zeros(0)]
+    for i, (own, outcome) in enumerate(zip(truth, outcomes, strict=True)):
+        false = start[i] + outcome.false
+        all3d = bool(own.has3d[~_regions(own)].all())
+        for e in range(3 if all3d else 1):
+            right[e, false], right_j[e, false] = 0, 0
+        rows.append(start[i] + outcome.pairs[:, 1])
+        people.append(own[outcome.pairs[:, 0]])
+        near.append(outcome.oks)
+    row, true = np.concatenate(rows), People.join(people)
+    pose2d, known = _poses2d([persons[n] for n in row], joints), true.seen > 0
+    right[0, row] = np.concatenate(near) >= 0.5
+    away = ((pose2d - true.pose2d) ** 2).sum(-1)
+    scale = 2 * (2 * skeleton.sigma) ** 2 * (true.area.astype(np.float64) + np.spacing(1))[:, None]
+    right_j[0, row] = np.where(known, np.exp(-away / scale) >= 0.5, np.nan)
+    has3d = true.has3d.astype(bool)
+    pose3d = np.array([persons[n].pose3d for n in row], np.float64).reshape(-1, joints, 3)[has3d]
+    error = errors3d(pose3d, true.pose3d[has3d].astype(np.float64), skeleton).plain
+    for e, limit in ((1, 50), (2, 100)):
+        right[e, row[has3d]], right_j[e, row[has3d]] = error.mean(-1) < limit, error < limit
+    return Judged(
+        image,
+        np.array([p.score for p in persons], np.float64),
+        np.array([p.joint_score for p in persons], np.float64).reshape(-1, joints),
+        dict(zip(every, right, strict=True)),
+        dict(zip(every, right_j, strict=True)),
+    )
 
 
 def oks_ap(truth: Sequence[People], found: Sequence[Sequence[Person]], skeleton: Skeleton) -> dict[str, float | None]:

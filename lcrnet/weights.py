@@ -33,6 +33,7 @@ from lcrnet.calibration import Calibration
 from lcrnet.config import Config, UserError
 from lcrnet.imports import BODY, Imported
 from lcrnet.model import LCRNet, build
+from lcrnet.skeleton import Skeleton
 
 FORMAT = 1
 _HASHED = ("model.safetensors", "config.yaml", "anchors.json")
@@ -63,10 +64,7 @@ def save(model: LCRNet, folder: str | os.PathLike[str], about: dict[str, Any] | 
 
 def load(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> LCRNet:
     """The model of a folder, ready to detect. UserError names what is missing, unreadable or does not fit."""
-    folder = Path(folder)
-    absent = [name for name in (*_HASHED, "model.json") if not (folder / name).is_file()]
-    if absent:
-        raise UserError(f"{folder}: not a model folder: {', '.join(absent)} missing (jobs/train.py writes RUN/model)")
+    folder = _whole(folder)
     about = read_about(folder)
     if about.get("format") != FORMAT:
         raise UserError(f"{folder}/model.json: format {about.get('format')!r}, this version reads {FORMAT}")
@@ -75,6 +73,19 @@ def load(folder: str | os.PathLike[str], device: torch.device | str = "cpu") -> 
     if (folder / calibration.FILE).exists():
         model.calibration = calibration.load(folder / calibration.FILE)
     return model.to(memory_format=torch.channels_last).to(device).eval()
+
+
+def skeleton(folder: str | os.PathLike[str]) -> Skeleton:
+    """The skeleton of a model folder's poses. UserError as `load`."""
+    return anchors.load(_whole(folder) / "anchors.json").skeleton
+
+
+def _whole(folder: str | os.PathLike[str]) -> Path:
+    folder = Path(folder)
+    absent = [name for name in (*_HASHED, "model.json") if not (folder / name).is_file()]
+    if absent:
+        raise UserError(f"{folder}: not a model folder: {', '.join(absent)} missing (jobs/train.py writes RUN/model)")
+    return folder
 
 
 def calibrate(folder: str | os.PathLike[str], found: Calibration) -> None:

@@ -187,7 +187,8 @@ def test_labeller_commits_one_file_per_block_however_often(tmp_path: Path, model
     (images / "folder.png").mkdir()
     given = block(*images.iterdir())
     work = labeller(out, model_folder, images)
-    assert work(given).to_pylist() == work(given).to_pylist() == [{"images": 12, "people": 11, "unreadable": 1}]
+    counts = {"images": 12, "people": 11, "unreadable": 1, "dropped": 0}
+    assert work(given).to_pylist() == work(given).to_pylist() == [counts]
     assert [f.suffix for f in out.iterdir()] == [".parquet"]
     table = labels.read(out)
     assert table["uri"].to_pylist() == sorted(given["uri"].to_pylist())

@@ -49,7 +49,11 @@ def fake(**given: Any) -> Any:
     joints = np.ones((13, 3), np.float32)
     who = Person(np.zeros(4), joints[:, :2], joints, 0.9, joints[:, 0], 0, os.getpid() % 10_000, joints[:, 0])
     model = SimpleNamespace(
-        config=Config(), skeleton=LCR13, rpn=SimpleNamespace(), calibration=None, dropped=0,
+        config=Config(),
+        skeleton=LCR13,
+        rpn=SimpleNamespace(),
+        calibration=None,
+        dropped=0,
         detect_batch=lambda images: [[who] for _ in images],
     )
     return Annotator(**given, load=lambda folder, device: model)

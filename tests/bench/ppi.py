@@ -49,8 +49,8 @@ SETS = {  # people, proposals; of nobody: what an untrained network proposes
 
 def draw(people: int, count: int, seed: int = 0) -> PoseProposals:
     """`people` seen by a trained network: regions round them, of each two likely anchor poses, most of which are within
-    a few centimetres of one another in 3D. Of 0 people: boxes all over the image, each with all anchor poses, none likely; of
-    -1 the same with scores up to 1 and 3D poses that scatter.
+    a few centimetres of one another in 3D. Of 0 people: boxes all over the image, each with all anchor poses, none
+    likely; of -1 the same with scores up to 1 and 3D poses that scatter.
     """
     rng = np.random.default_rng(seed)
     joints, each = len(LCR13), 2 if people > 0 else K
