@@ -13,7 +13,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
@@ -203,7 +203,8 @@ class Image(Section):
 
 def _count_or_auto(value: Any) -> Any:
     # One message for both: pydantic itself has one for each member of a union.
-    if value == "auto" or (isinstance(value, int | float) and not isinstance(value, bool) and value >= 1):
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value == "auto" or (number and value >= 1 and value % 1 == 0):
         return value
     raise ValueError("must be auto or a whole number from 1 on")
 
@@ -533,6 +534,8 @@ def _numbers(values: Any) -> Any:
 def _kind(annotation: Any) -> str:
     if get_origin(annotation) is Literal:
         return " | ".join(str(a) for a in get_args(annotation))
+    if get_origin(annotation) is Union:
+        return " | ".join(_kind(a) for a in get_args(annotation))
     return str(getattr(annotation, "__name__", annotation)).replace("typing.", "")
 
 

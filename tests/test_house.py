@@ -12,6 +12,10 @@ import pytest
 # memory) outgrew `coco`, `unpickle` outgrew `weights`, and so did `legacy` (other people's weights, with its
 # `torchfile`, `fetch`, `names` and `imports`: file formats, URLs, names of tensors, conventions), `body` (joint angles
 # and measures) outgrew `synthetic`; `detectron` (its YAML as our configuration) has its table of keys beside it.
+# `mocap` (3D poses without images) serves `anchors` and `lift` (2D labels get 3D poses). Of `evaluate`, which matches
+# people, `metrics` (formulas), `calibration` (scores -> probabilities), `protocols` (other people's data sets and their
+# rules, with readers `h36m`, `mupots` and `matfile`) and `report` (a page to look at) are nouns of their own; a model
+# carries its calibration.
 MAY_IMPORT = {
     "skeleton": "",
     "config": "",
@@ -19,7 +23,10 @@ MAY_IMPORT = {
     "pose": "",
     "image": "",
     "camera": "pose",
-    "anchors": "pose unpickle",
+    "mocap": "pose camera",
+    "anchors": "pose unpickle mocap",
+    "lift": "pose camera mocap annotations",
+    "calibration": "pose",
     "draw": "pose camera",
     "twins": "",
     "ops": "twins",
@@ -27,13 +34,13 @@ MAY_IMPORT = {
     "rpn": "ops pose",
     "heads": "ops anchors pose rpn",
     "ppi": "ops pose",
-    "model": "backbone rpn heads ops ppi image pose anchors",
+    "model": "backbone rpn heads ops ppi image pose anchors calibration",
     "torchfile": "unpickle",
     "fetch": "",
     "names": "",
     "imports": "model anchors",
     "legacy": "imports names torchfile fetch detectron anchors backbone",
-    "weights": "model anchors imports legacy",
+    "weights": "model anchors imports legacy calibration",
     "annotations": "pose",
     "labels": "pose",
     "coco": "annotations labels pose",
@@ -41,7 +48,13 @@ MAY_IMPORT = {
     "body": "",
     "synthetic": "body camera coco annotations pose",
     "optim": "",
-    "evaluate": "pose image annotations coco ppi",
+    "metrics": "pose",
+    "matfile": "",
+    "h36m": "pose annotations",
+    "mupots": "pose annotations matfile",
+    "evaluate": "pose image annotations coco ppi calibration metrics",
+    "protocols": "pose annotations h36m mupots",
+    "report": "pose draw",
     "train": "dataset model optim evaluate weights anchors",
     "annotate": "image labels model ppi weights pose",
     "detectron_keys": "",
