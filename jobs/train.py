@@ -180,7 +180,10 @@ def _anchors(settings: Config, data: Source, file: Path) -> anchors.AnchorPoses:
     if not (~people.crowd).any():
         raise UserError(f"{data.annotations}: nobody in it has a pose to learn from")
     if poses is None:
-        poses = anchors.cluster(people, settings.anchors.k, upper=settings.anchors.upper, seed=settings.train.seed)
+        owner = [image.file_name for image in images for _ in range(len(image.people))]
+        poses, _, k = anchors.fit(people, owner, settings.anchors, seed=settings.train.seed)
+        if settings.anchors.k == "auto":
+            print(f"anchors.k auto: {k} 3D poses; `python jobs/anchors.py` with this data and configuration shows why")
     if not file.is_file():
         anchors.save(poses, file)
     if people.has3d.any():

@@ -7,7 +7,9 @@ of the person. Origin at the centre of the torso.
 from __future__ import annotations
 
 import os
+import struct
 import zipfile
+import zlib
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +18,12 @@ from lcrnet.camera import Camera
 from lcrnet.config import UserError
 from lcrnet.pose import People, box_of, centre
 from lcrnet.skeleton import LCR13, Skeleton, by_joints, convert
+
+FAR = 10.0
+"""No joint is so many metres from the torso: a pose that has one is in other units."""
+
+LARGEST = 2 * 2**30
+"""Bytes that a file may unpack to."""
 
 DISTANCE = 5.0
 """Metres from the camera to the people that `seen` shows: LCR-Net's images show them from about 3 to 10."""
@@ -53,11 +61,16 @@ def read(file: str | os.PathLike[str], skeleton: Skeleton = LCR13) -> Mocap:
     which a joint is missing or not finite are refused too, by their row.
     """
     try:
+        with zipfile.ZipFile(file) as parts:
+            if (size := sum(part.file_size for part in parts.infolist())) > LARGEST:
+                raise UserError(f"{file}: unpacks to {size / 2**30:.1f} GiB; at most {LARGEST / 2**30:g} are read")
         with np.load(file, allow_pickle=False) as fields:
             values = {name: fields[name] for name in ("poses", "joints", "clip", "action") if name in fields}
     except OSError as error:
         raise UserError(f"{file}: {error.strerror or error}") from None
-    except (ValueError, EOFError, KeyError, AttributeError, TypeError, zipfile.BadZipFile, MemoryError) as error:
+    # RuntimeError is an encrypted part, NotImplementedError an unknown compression.
+    except (ValueError, EOFError, KeyError, AttributeError, TypeError, SyntaxError, MemoryError, RuntimeError,
+            NotImplementedError, OverflowError, struct.error, zlib.error, zipfile.BadZipFile) as error:  # fmt: skip
         raise UserError(f"{file}: not an .npz file of poses: {' '.join(str(error).split())}") from None
     for name in ("poses", "joints"):
         if name not in values:
@@ -68,6 +81,8 @@ def read(file: str | os.PathLike[str], skeleton: Skeleton = LCR13) -> Mocap:
     if poses.dtype.kind != "f" or poses.ndim != 3 or poses.shape[1:] != (len(joints), 3) or not len(poses):
         raise UserError(f"{file}: poses: expected N x {len(joints)} x 3 numbers, found {poses.dtype} {poses.shape}")
     source = by_joints([str(j) for j in joints])
+    if len(set(source.joints)) < len(source):
+        raise UserError(f"{file}: joints: two have the same name among {', '.join(source.joints)}")
     finite = np.isfinite(poses).all((1, 2))
     if not finite.all():
         raise UserError(f"{file}: poses: row {int((~finite).argmax())} has a number that is not finite")
@@ -75,6 +90,11 @@ def read(file: str | os.PathLike[str], skeleton: Skeleton = LCR13) -> Mocap:
     if not seen.all():
         lacking = [name for name, s in zip(skeleton.joints, seen[0], strict=True) if not s]
         raise UserError(f"{file}: joints: {skeleton.name} also needs {', '.join(lacking)}")
+    far = np.abs(centre(pose3d.astype(np.float64), skeleton)).max((1, 2)) > FAR
+    if far.any():
+        raise UserError(
+            f"{file}: poses: row {int(far.argmax())} has a joint more than {FAR:g} m from the torso; they are in metres"
+        )
     names = []
     for name in ("clip", "action"):
         value = values.get(name, np.full(len(poses), ""))
@@ -116,3 +136,9 @@ def seen(
         people, box=box, pose2d=pose2d, pose3d=pose3d.astype(np.float32), seen=np.full_like(people.seen, 2),
         has3d=np.ones(len(pose3d), bool), area=(box[:, 2:] - box[:, :2]).prod(1),
     )  # fmt: skip
+
+
+def views(poses: Mocap, count: int, camera: Camera | None = None, distance: float = DISTANCE) -> People:
+    """N `count` people: each pose as recorded and turned to `count` headings evenly round, one after the other."""
+    angle = np.tile(2 * np.pi / count * np.arange(count), len(poses))
+    return seen(turn(np.repeat(poses.pose3d, count, axis=0), angle), poses.skeleton, camera, distance)

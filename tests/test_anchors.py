@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import json
 import pickle
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from lcrnet import anchors, pose
+from lcrnet import anchors, config, mocap, pose
 from lcrnet.anchors import AnchorPoses
 from lcrnet.config import UserError
 from lcrnet.pose import People
@@ -124,6 +123,140 @@ def test_nearest_and_coverage() -> None:
         anchors.coverage(group.pose3d[:0], found)
 
 
+def turned(group: People, count: int) -> People:
+    """The same 3D poses, turned evenly round, as a level camera sees them."""
+    angle = 2 * np.pi * np.arange(len(group)) / count
+    return mocap.seen(mocap.turn(group.pose3d, angle), LCR13)
+
+
+def test_headings() -> None:
+    """One pose seen from everywhere is one centre, put evenly round; its 2D is that of the people in that heading."""
+    group, label = people(noise=0)
+    one = turned(group[np.repeat(np.flatnonzero(label == 0)[:1], 240)], 240)
+    found = anchors.cluster(one, 2, headings=8)
+    assert len(found.pose3d_distinct) == 16 and len(found) == 32
+    heading = np.degrees(mocap.heading(found.pose3d[:16], LCR13)).reshape(2, 8)
+    np.testing.assert_allclose((heading - 45 * np.arange(8) + 180) % 360 - 180, 0, atol=0.01)
+    for poses in found.pose3d[:16].reshape(2, 8, 13, 3):  # the same pose but for the heading
+        facing = mocap.turn(poses, mocap.heading(poses, LCR13))
+        np.testing.assert_allclose(facing, np.repeat(facing[:1], 8, 0), atol=1e-5)
+    # 2D: near what a camera sees of the 3D pose, not exactly, as the people of a heading are up to 22.5 degrees off.
+    for kind, joints in ((slice(0, 16), np.arange(13)), (slice(16, 32), LCR13.upper)):
+        flat = mocap.seen(found.pose3d[kind], LCR13).pose2d
+        seen = pose.into_box(flat, pose.box_of(flat[:, joints]))
+        assert 0 < np.abs(seen - found.pose2d[kind]).max() < 0.3
+        # and much nearer to it than to what it sees of the opposite heading
+        away = np.abs(np.roll(seen.reshape(2, 8, 13, 2), 4, 1) - found.pose2d[kind].reshape(2, 8, 13, 2)).mean()
+        assert np.abs(seen - found.pose2d[kind]).mean() < away / 3
+    # Clustered as they face the camera, so many poses cover them less well than with headings.
+    plain = anchors.cluster(one, 16)
+    assert anchors.coverage(one.pose3d, found)["mean"] < anchors.coverage(one.pose3d, plain)["mean"] * 1.1
+    assert anchors.coverage(one.pose3d, anchors.cluster(one, 2))["mean"] > 0.2
+
+
+def test_views_of_one_pose_are_one_pose_when_headings_are_removed() -> None:
+    """They differ in their last bits, which must neither count as different poses nor give empty clusters."""
+    group, label = people(noise=0)
+    two = group[np.repeat([np.flatnonzero(label == i)[0] for i in (0, 1)], 8)]
+    two.pose3d[:] = mocap.turn(two.pose3d, np.tile(2 * np.pi / 8 * np.arange(8), 2))
+    assert np.isfinite(anchors.cluster(two, 4, headings=3).pose3d).all()
+    with pytest.raises(UserError, match=r"anchors.k: 8 .* there are 4 "):
+        anchors.cluster(two, 8, headings=3)
+    rows = anchors.curve(two, list(range(16)), ks=(1, 2, 4, 8, 16), headings=3)
+    assert [row["k"] for row in rows] == [1, 2, 4] and np.isfinite([row["worst"] for row in rows]).all()
+
+
+def test_headings_without_people_are_projected() -> None:
+    group, label = people(noise=0)
+    one = group[np.flatnonzero(label == 0)[:3]]
+    found = anchors.cluster(one, 1, headings=12)
+    empty = anchors.coverage(one.pose3d, found)["empty"]
+    assert len(empty) >= 10
+    facing = np.stack([one.pose3d[0], pose.mirror3d(one.pose3d[0], LCR13)])
+    assert np.isfinite(found.pose2d).all()
+    flat = mocap.seen(found.pose3d[:12], LCR13).pose2d
+    seen = pose.into_box(flat, pose.box_of(flat))
+    mine = np.rint(np.degrees(mocap.heading(facing, LCR13)) / 30).astype(int) % 12
+    unseen = np.setdiff1d(np.arange(12), mine)
+    np.testing.assert_allclose(found.pose2d[unseen], seen[unseen], atol=1e-4)
+    assert np.abs(found.pose2d[mine] - seen[mine]).max() > 1e-3
+
+
+def test_curve_is_measured_on_people_left_out() -> None:
+    """Each group of its own pose: clustered from the others, nobody is covered, however large k is."""
+    base, _ = people(noise=0)
+    rng = np.random.default_rng(1)
+    each = pose.centre(rng.normal(0, 0.4, (10, 13, 3)), LCR13)
+    group = np.repeat(np.arange(10), 20)
+    crowd = mocap.seen(each[group] + rng.normal(0, 0.001, (200, 13, 3)), LCR13)
+    alone = anchors.curve(crowd, group.tolist(), ks=(1, 8))
+    mixed = anchors.curve(crowd, list(range(200)), ks=(1, 8, 20, 32))
+    assert [row["k"] for row in mixed] == [1, 8, 20, 32]
+    assert mixed[2]["p95"] < 0.01 < 0.2 < alone[1]["mean"], "people of one's own group give it away"
+    assert all(row["mean"] <= row["p95"] <= row["worst"] for row in mixed)
+    assert mixed[0]["p95"] > mixed[1]["p95"] > 10 * mixed[2]["p95"]
+    assert mixed == anchors.curve(crowd, list(range(200)), ks=(1, 8, 20, 32))
+    assert [r["k"] for r in anchors.curve(base[:4], list(range(4)), ks=(1, 64))] == [1], "as many as poses at most"
+    with pytest.raises(UserError, match=r"anchors.k: auto .* all people are of one; set anchors.k to a number"):
+        anchors.curve(crowd, [""] * 200)
+
+
+def test_parts_of_the_people() -> None:
+    """No group is in two parts, and parts are of one size as far as groups allow."""
+    group = np.repeat(np.arange(40), np.random.default_rng(0).integers(1, 30, 40))
+    fold = anchors._folds(group.tolist(), 0)
+    assert all(len(set(fold[group == g])) == 1 for g in range(40))
+    assert np.ptp(np.bincount(fold)) <= 5 and fold.max() == anchors.FOLDS - 1
+    assert anchors._folds(["a"] * 9 + ["b"], 0).tolist() == [0] * 9 + [1]
+
+
+def test_how_k_is_chosen() -> None:
+    def rows(**p95: float) -> list[dict[str, float]]:
+        return [{"k": int(k[1:]), "mean": 0, "p95": v, "worst": 0} for k, v in p95.items()]
+
+    falls = rows(k1=1.0, k2=0.8, k3=0.75, k4=0.6, k6=0.55, k8=0.57, k12=0.5, k16=0.53)
+    # 3 -> 6 lowers it by 27 %, 4 -> 8 by 5 %, 6 -> 12 by 9 %
+    assert anchors.choose(falls, 0.1) == 4
+    assert anchors.choose(falls, 0.08) == 8
+    assert anchors.choose(rows(k1=1.0, k2=0.95, k4=0.5, k8=0.49), 0.1) == 4, "not the first flat step"
+    assert anchors.choose(rows(k1=1.0, k2=0.5, k4=0.25), 0.1) == 2, "the curve still falls where it ends"
+    assert anchors.choose(rows(k1=1.0, k2=0.99, k4=0.98), 0.1) == 1
+    assert anchors.choose(rows(k1=0.5), 0.1) == 1
+
+
+def test_fit() -> None:
+    group, _ = people(noise=0.02, each=60)
+    images = list(range(len(group)))
+    found, rows, k = anchors.fit(group, images, config.Anchors(k=4))
+    assert same(found, anchors.cluster(group, 4)) and rows == [] and k == 4
+    found, rows, k = anchors.fit(group, images, config.Anchors(k="auto", upper=False, gain=0.2), seed=1)
+    assert k == anchors.choose(rows, 0.2) == 2 * MODES and same(found, anchors.cluster(group, k, upper=False, seed=1))
+    asked = config.load(None, {"anchors.k": "auto", "anchors.headings": "4"}).anchors
+    assert asked.k == "auto" and len(anchors.fit(group, images, asked)[0]) % 8 == 0
+    for wrong in ("0", "many", "true", "2.5"):
+        with pytest.raises(config.ConfigError, match=r"anchors.k: [^;]*$"):
+            config.load(None, {"anchors.k": wrong})
+
+
+def test_empty_anchors_and_twins() -> None:
+    group, _ = people(noise=0)
+    found = anchors.cluster(group, 2 * MODES)
+    three = found.pose3d_distinct[:3]
+    near = three[0] + np.array([0.03, 0, 0.04], np.float32) * np.where(np.arange(13) % 2, 1, -1)[:, None]
+    pose3d = np.stack([*three, near]).astype(np.float32)
+    pose2d = np.zeros((4, 13, 2), np.float32)
+    poses = AnchorPoses(np.tile(pose2d, (2, 1, 1)), np.tile(pose3d, (2, 1, 1)), np.repeat([False, True], 4))
+    report = anchors.coverage(three[:2], poses, twin=0.06)
+    assert report["count"] == [1, 1, 0, 0] and report["empty"] == [2, 3]
+    assert [(i, j) for i, j, _ in report["twins"]] == [(0, 3)]
+    assert report["twins"][0][2] == pytest.approx(0.05, abs=1e-6)
+    assert anchors.coverage(three[:2], poses, twin=0.049)["twins"] == []
+    assert json.dumps(report)
+    # The variants for the whole and the upper body share a 3D pose; two of one kind that do are doubles.
+    double = AnchorPoses(pose2d[:3], pose3d[[0, 1, 0]], np.array([False, False, False]))
+    assert anchors.twins(double, 0.05) == [(0, 0, 0.0)]
+
+
 def test_round_trip(tmp_path: Path) -> None:
     found = anchors.cluster(people(noise=0.1)[0], 4)
     file = tmp_path / "new" / "anchors.json"
@@ -221,35 +354,3 @@ def test_real_people_cluster_better_than_the_released_poses_cover_them(shared: P
     other = anchors.coverage(athletes.pose3d, anchors.load(shared / "legacy" / "DEMO_ECCV18_anchor_cfg.pkl"))
     assert own["people"] == 1298
     assert own["mean"] < 0.27 < other["mean"]
-
-
-def test_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """One command clusters, another converts; a mistake is one line and status 2."""
-    from jobs import anchors as job
-    from lcrnet import coco, config
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["anchors.py", *arguments])
-        with pytest.raises(SystemExit) as status:
-            config.run(job.main)
-        return int(str(status.value.code)), *capsys.readouterr()
-
-    monkeypatch.chdir(tmp_path)
-    flat = np.random.default_rng(0).normal(0, 1, (4, 65)).astype(np.float32)
-    Path("model.pkl").write_bytes(pickle.dumps({"anchor_poses": flat}))
-    status, out, _ = run("--from", "model.pkl", "--out", "a.json")
-    assert status == 0 and "4 anchor poses" in out
-    assert len(anchors.load("a.json")) == 4
-
-    group, _ = people(each=9)
-    coco.write("ann.json", [coco.CocoImage(1, "a.jpg", 1000, 1000, None, group, ids=[*range(1, len(group) + 1)])])
-    status, out, _ = run("--data", "ann.json", "--out", "b.json", "--anchors.k", "5", "--anchors.upper", "false")
-    assert status == 0 and "p95" in out
-    assert len(anchors.load("b.json")) == 5
-    status, out, _ = run("--data", "ann.json", "--from", "b.json")
-    assert status == 0 and f"({len(group)} in all)" in out
-
-    status, _, error = run("--data", "ann.json")
-    assert status == 2 and "--out" in error and error.count("\n") == 1
-    status, _, error = run("--data", "ann.json", "--out", "c.json", "--anchors.k", "1000")
-    assert status == 2 and "anchors.k" in error and not Path("c.json").exists()
