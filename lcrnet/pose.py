@@ -165,11 +165,14 @@ def box_of(pose2d: np.ndarray, labelled: np.ndarray | None = None, margin: float
 
     labelled (..., J): only joints > 0 count. A pose without any gets (0, 0, 0, 0).
     """
-    known = np.ones(pose2d.shape[:-1], bool) if labelled is None else np.asarray(labelled) > 0
-    low = np.where(known[..., None], pose2d, np.inf).min(-2)
-    high = np.where(known[..., None], pose2d, -np.inf).max(-2)
-    some = np.asarray(known.any(-1))[..., None]
-    low, high = np.where(some, low, 0), np.where(some, high, 0)
+    if labelled is None:
+        low, high = pose2d.min(-2), pose2d.max(-2)
+    else:
+        known = np.asarray(labelled) > 0
+        low = np.where(known[..., None], pose2d, np.inf).min(-2)
+        high = np.where(known[..., None], pose2d, -np.inf).max(-2)
+        some = np.asarray(known.any(-1))[..., None]
+        low, high = np.where(some, low, 0), np.where(some, high, 0)
     grow = margin * (high - low).max(-1, keepdims=True)
     return np.concatenate([low - grow, high + grow], -1).astype(pose2d.dtype)
 

@@ -192,20 +192,17 @@ def _given(
     score, pose2d, pose3d = (
         _pad([getattr(p, name) for p in proposals]).float() for name in ("score", "pose2d", "pose3d")
     )
-    box = None
-    if "roi_boxes" in params.wrong:
+    box, wrong = None, params.wrong
+    if "roi_boxes" in wrong:
         box = _pad([p.box for p in proposals]).double()
         box = torch.cat([box[..., :2], box[..., 2:] + 1], -1)
     given = _overlap(pose2d, torch.tensor(sizes, device=score.device), params, skeleton, box)
-    if upper_only is not None and "legs_full" not in params.wrong:
-        whole = ~np.asarray(upper_only, bool)
-        if "legs_off_by_one" in params.wrong:
-            whole |= np.arange(len(whole)) == whole.sum()
-        weight = torch.from_numpy(np.where(whole, 1, LEGS_UNSEEN).astype(np.float32)).to(score.device)
-        given["legs"] = weight[_pad([p.anchor for p in proposals])]
-        lower = np.zeros(len(skeleton), bool)
-        lower[skeleton.lower] = True
-        given["lower"] = torch.from_numpy(lower).to(score.device)
+    if upper_only is not None and "legs_full" not in wrong:
+        late = "legs_off_by_one" in wrong
+        weight, lower = _legs(np.asarray(upper_only, bool).tobytes(), late, skeleton, str(score.device))
+        anchor = _pad([p.anchor for p in proposals])
+        given["legs"] = weight.index_select(0, anchor.flatten()).view(anchor.shape)
+        given["lower"] = lower
     return given | {
         "score": score,
         "pose2d": pose2d,
@@ -215,6 +212,18 @@ def _given(
         "min_mode_score": params.min_mode_score,
         "th_persondetect": params.th_persondetect,
     }
+
+
+@functools.cache
+def _legs(upper_only: bytes, late: bool, skeleton: Skeleton, device: str) -> tuple[Tensor, Tensor]:
+    """Of each anchor pose the weight of its legs, (K,); which joints those are, (J,) bool. late: `legs_off_by_one`."""
+    whole = ~np.frombuffer(upper_only, bool)
+    if late:
+        whole |= np.arange(len(whole)) == whole.sum()
+    lower = np.zeros(len(skeleton), bool)
+    lower[skeleton.lower] = True
+    weight = np.where(whole, 1, LEGS_UNSEEN).astype(np.float32)
+    return torch.from_numpy(weight).to(device), torch.from_numpy(lower).to(device)
 
 
 def _pad(values: Sequence[Array]) -> Tensor:
@@ -296,5 +305,7 @@ def _boxes(pose2d: Tensor, size: Tensor, joints: Tensor | None = None) -> Tensor
     points = pose2d.permute(2, 0, 1, 3)  # joints first: four times as fast as reducing short rows
     points = points.contiguous() if joints is None else points.index_select(0, joints)
     most = (size.flip(1) - 1)[:, None].to(points.dtype)
-    low, high = (torch.minimum(edge.clamp_(min=0), most).double() for edge in (points.amin(0), points.amax(0)))
-    return torch.cat([low, high.add_(1)], -1)
+    edges = torch.cat([points.amin(0), points.amax(0)], -1).unflatten(-1, (2, 2))
+    edges = torch.clamp(edges, most.new_zeros(()), most[:, :, None]).double()
+    edges[..., 1, :] += 1
+    return edges.flatten(-2)

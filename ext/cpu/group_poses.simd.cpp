@@ -88,15 +88,23 @@ bool near(const float* p, const float* c, int64_t n, double threshold) {
 template <int D>
 INLINE f32 distances(const float* p, const float* c, int64_t n, float over) {
   f32 sum = {};
-  for (int64_t j = 0; j < n; j++) {
+  auto add = [&](int64_t j) __attribute__((always_inline)) {
     f32 square = {};
     for (int d = 0; d < D; d++) {
       f32 apart = load(p + 16 * (D * j + d)) - c[D * j + d];
       square += apart * apart;
     }
     sum += square * inverse_root(square + kLeast);
-    if (j % 4 == 3 && !below(sum, over)) break;
+  };
+  int64_t j = 0;
+  for (; j + 4 <= n; j += 4) {
+    add(j);
+    add(j + 1);
+    add(j + 2);
+    add(j + 3);
+    if (!below(sum, over)) return sum;
   }
+  for (; j < n; j++) add(j);
   return sum;
 }
 

@@ -117,13 +117,12 @@ def dense(proposals: PoseProposals, least: float) -> Dense:
 
 def chosen(given: Dense, least: float) -> PoseProposals:
     """The (region, class) pairs that score at least so much, as `heads.PosePredictor.decode` chooses them."""
-    scores, boxes, pose2d, pose3d = (torch.from_numpy(v) for v in given)
-    likely = (scores[:, 1:] >= least).flatten().nonzero()[:, 0]
-    anchor = likely % K
-    score, pose2d, pose3d = (
-        v.flatten(0, 1).index_select(0, likely) for v in (scores[:, 1:].contiguous(), pose2d, pose3d)
-    )
-    return PoseProposals(boxes.index_select(0, likely // K), score, anchor, pose2d, pose3d)
+    scores, boxes, pose2d, pose3d = given
+    likely = np.flatnonzero(scores[:, 1:] >= least)
+    region, anchor = np.divmod(likely, K)
+    flat2d, flat3d = (v.reshape(-1, *v.shape[2:]).take(likely, 0) for v in (pose2d, pose3d))
+    found = boxes.take(region, 0), scores[region, anchor + 1], anchor, flat2d, flat3d
+    return PoseProposals(*(torch.from_numpy(v) for v in found))
 
 
 class Reference:
