@@ -8,8 +8,10 @@
 
 inline void check_group_poses(const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d,
                               const at::Tensor& legs, const at::Tensor& lower, const std::optional<at::Tensor>& boxes,
+                              const std::optional<at::Tensor>& joints, const std::optional<at::Tensor>& size,
                               const std::optional<at::Tensor>& points, const std::optional<at::Tensor>& swapped,
-                              const std::optional<at::Tensor>& centres, const std::optional<at::Tensor>& limit, double th_iou, int64_t max_people) {
+                              const std::optional<at::Tensor>& centres, const std::optional<at::Tensor>& limit,
+                              double th_iou, int64_t max_people) {
   auto check = [&](const char* name, const at::Tensor& t, at::ScalarType type, at::IntArrayRef shape) {
     TORCH_CHECK(t.scalar_type() == type, "group_poses: ", name, " is ", type, ", not ", t.scalar_type());
     TORCH_CHECK(t.sizes() == shape, "group_poses: ", name, " has shape ", shape, ", not ", t.sizes());
@@ -26,11 +28,16 @@ inline void check_group_poses(const at::Tensor& score, const at::Tensor& pose2d,
   check("legs", legs, at::kFloat, {B, N});
   check("lower", lower, at::kBool, {J});
   TORCH_CHECK(max_people >= 0, "group_poses: max_people is at least 0, not ", max_people);
-  TORCH_CHECK(boxes.has_value() != points.has_value() && points.has_value() == limit.has_value() &&
+  TORCH_CHECK(int(boxes.has_value()) + int(joints.has_value()) + int(points.has_value()) == 1 &&
+                  joints.has_value() == size.has_value() && points.has_value() == limit.has_value() &&
                   (points || !swapped) && (swapped || !centres),
-              "group_poses: either boxes, or points and limit (and swapped, and centres)");
-  if (boxes) {
-    check("boxes", *boxes, at::kDouble, {B, N, 4});
+              "group_poses: either boxes, or joints and size, or points and limit (and swapped, and centres)");
+  if (!points) {
+    if (boxes) check("boxes", *boxes, at::kDouble, {B, N, 4});
+    if (joints) {
+      check("joints", *joints, at::kBool, {J});
+      check("size", *size, at::kLong, {B, 2});
+    }
     TORCH_CHECK(th_iou >= 0, "group_poses: th_iou is at least 0, not ", th_iou);
   } else {
     TORCH_CHECK(points->dim() == 4 && points->size(2) > 0, "group_poses: points is (B, N, Q, 2), not ",

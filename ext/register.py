@@ -122,10 +122,11 @@ def _nms(
 
 def _group_poses(
     score: Tensor, pose2d: Tensor, pose3d: Tensor, legs: Tensor, lower: Tensor, boxes: Tensor | None,
-    points: Tensor | None, swapped: Tensor | None, centres: Tensor | None, limit: Tensor | None,
-    th_iou: float, th_pose3d: float, min_mode_score: float, th_persondetect: float, max_people: int,
+    joints: Tensor | None, size: Tensor | None, points: Tensor | None, swapped: Tensor | None,
+    centres: Tensor | None, limit: Tensor | None, th_iou: float, th_pose3d: float, min_mode_score: float,
+    th_persondetect: float, max_people: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    images, joints = score.shape[0], lower.shape[0]
-    poses = [score.new_empty(images, max_people, *each) for each in [(), (joints, 2), (joints, 3), (joints,)]]
+    images, J = score.shape[0], lower.shape[0]
+    poses = [score.new_empty(images, max_people, *each) for each in [(), (J, 2), (J, 3), (J,)]]
     whole = [(images, max_people), (images, max_people), score.shape, (images,), (images,)]
     return *poses, *(score.new_empty(shape, dtype=torch.int64) for shape in whole)

@@ -29,8 +29,8 @@ DEFINE(LIBRARY, m) {
       "nms(Tensor boxes, Tensor scores, Tensor? group, float iou_threshold, SymInt max_keep) -> (Tensor, Tensor)");
 
   m.def(
-      "group_poses(Tensor score, Tensor pose2d, Tensor pose3d, Tensor legs, Tensor lower, Tensor? boxes, Tensor? points, "
-      "Tensor? swapped, Tensor? centres, Tensor? limit, float th_iou, float th_pose3d, float min_mode_score, "
-      "float th_persondetect, int max_people) "
+      "group_poses(Tensor score, Tensor pose2d, Tensor pose3d, Tensor legs, Tensor lower, Tensor? boxes, Tensor? joints, "
+      "Tensor? size, Tensor? points, Tensor? swapped, Tensor? centres, Tensor? limit, float th_iou, float th_pose3d, "
+      "float min_mode_score, float th_persondetect, int max_people) "
       "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }

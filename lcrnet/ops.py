@@ -201,6 +201,8 @@ def group_poses(
     max_people: int,
     th_iou: float = 0.0,
     boxes: Tensor | None = None,
+    joints: Tensor | None = None,
+    size: Tensor | None = None,
     points: Tensor | None = None,
     swapped: Tensor | None = None,
     centres: Tensor | None = None,
@@ -215,6 +217,8 @@ def group_poses(
     pose2d          (B, N, J, 2) pixels
     pose3d          (B, N, J, 3) metres
     boxes           (B, N, 4): two proposals overlap where the IoU of their boxes is above `th_iou`; or ...
+    joints, size    (J,) bool, (B, 2) height and width: ... of boxes round these joints of the poses, x cut to 0 ..
+                    width - 1 and y to 0 .. height - 1, and a pixel more to the right and bottom; or ...
     points, limit   (B, N, Q, 2), (B, N): ... where the mean distance of p's points from those of the centre c is below
                     the limit of c
     swapped         (B, N, Q, 2): the points with left and right exchanged; the smaller distance of the two counts
@@ -238,9 +242,9 @@ def group_poses(
     legs = torch.ones_like(score) if legs is None else legs
     lower = torch.zeros(pose3d.shape[2], dtype=torch.bool, device=score.device) if lower is None else lower
     out = _operator("group_poses", score)(
-        *(ready(t, single) for t in (score, pose2d, pose3d, legs)), lower, ready(boxes, double), ready(points, single),
-        ready(swapped, single), ready(centres, single), ready(limit, double), th_iou, th_pose3d, min_mode_score,
-        th_persondetect, max_people,
+        *(ready(t, single) for t in (score, pose2d, pose3d, legs)), lower, ready(boxes, double), joints, size,
+        ready(points, single), ready(swapped, single), ready(centres, single), ready(limit, double), th_iou, th_pose3d,
+        min_mode_score, th_persondetect, max_people,
     )  # fmt: skip
     return PeopleFound(*out)
 

@@ -198,6 +198,8 @@ def group_poses(
     legs: Tensor,
     lower: Tensor,
     boxes: Tensor | None,
+    joints: Tensor | None,
+    size: Tensor | None,
     points: Tensor | None,
     swapped: Tensor | None,
     centres: Tensor | None,
@@ -209,13 +211,17 @@ def group_poses(
     max_people: int,
 ) -> tuple[Tensor, ...]:
     """A loop over images, in it one over groups, in it one over modes; overlap and distances in float64."""
-    (images, proposals), joints = score.shape, len(lower)
+    (images, proposals), J = score.shape, len(lower)
     mass, support = score.new_zeros(images, max_people), score.new_zeros(images, max_people, dtype=torch.int64)
-    mean2d, mean3d, spread = (mass.new_zeros(*mass.shape, joints, *d) for d in [(2,), (3,), ()])
+    mean2d, mean3d, spread = (mass.new_zeros(*mass.shape, J, *d) for d in [(2,), (3,), ()])
     best, count, person = support - 1, support.new_zeros(images), support.new_full((images, proposals), -1)
     given = [t for t in (score, pose2d, pose3d, legs, boxes, points, swapped, centres, limit) if t is not None]
     finite = torch.stack([t[..., None].isfinite().flatten(2).all(2) for t in given]).all(0)
     usable, dropped = finite & (score > 0), (~finite & ~(score.isfinite() & (score <= 0))).sum(1)
+    if joints is not None and size is not None:
+        some, most = pose2d[:, :, joints], (size.flip(1) - 1)[:, None].to(pose2d.dtype)
+        low, high = (torch.minimum(edge.clamp(min=0), most).double() for edge in (some.amin(2), some.amax(2)))
+        boxes = torch.cat([low, high + 1], -1)
     for b in range(images):
         rows = usable[b].nonzero()[:, 0]
         rows = rows[score[b, rows].argsort(descending=True, stable=True)]

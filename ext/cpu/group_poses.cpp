@@ -14,7 +14,9 @@ namespace {
 struct Call {
   Proposals all;  // of the first image
   const float* score;
-  const double* boxes;  // (B, N, 4) or null
+  const double* boxes;   // (B, N, 4) or null
+  const bool* boxed;     // (J,): the joints that boxes are round, or null
+  const int64_t* size;   // (B, 2): height, width
   int64_t proposals, most;
   double th_iou, th_pose3d, min_mode_score, th_persondetect;
   float *mass, *pose2d, *pose3d, *spread;
@@ -67,6 +69,7 @@ struct Ranks {
   const double* boxes;
   std::vector<int64_t> row;
   std::vector<float> score;
+  std::vector<double> box;
   int64_t dropped = 0;  // proposals with a number that is not finite
 
   Ranks(const Call& call, int64_t image) : a(call.all) {
@@ -103,6 +106,29 @@ struct Ranks {
     a.count = int64_t(items.size());
     a.row = row.data();
     a.score = score.data();
+    if (call.boxed) surround(call, image);
+  }
+
+  // Boxes round joints of the poses, cut to the image, and a pixel more to the right and bottom.
+  void surround(const Call& call, int64_t image) {
+    box.resize(4 * call.proposals);
+    boxes = box.data();
+    float most[2] = {float(call.size[2 * image + 1] - 1), float(call.size[2 * image] - 1)};
+    std::vector<int64_t> joints;
+    for (int64_t j = 0; j < a.joints; j++)
+      if (call.boxed[j]) joints.push_back(2 * j);
+    for (int64_t i : row) {
+      const float* pose = a.pose2d + i * 2 * a.joints;
+      for (int d = 0; d < 2; d++) {
+        float low = INFINITY, high = -INFINITY;
+        for (int64_t j : joints) {
+          low = std::min(low, pose[j + d]);
+          high = std::max(high, pose[j + d]);
+        }
+        box[4 * i + d] = std::min(std::max(low, 0.f), most[d]);
+        box[4 * i + 2 + d] = double(std::min(std::max(high, 0.f), most[d])) + 1;
+      }
+    }
   }
 
   bool usable(float score, int64_t i) const {
@@ -328,17 +354,19 @@ typedef at::Tensor T;
 
 std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
     const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d, const at::Tensor& legs,
-    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& centres,
+    const at::Tensor& lower, const Maybe& boxes, const Maybe& joints,
+    const Maybe& size, const Maybe& points, const Maybe& swapped, const Maybe& centres,
     const Maybe& limit, double th_iou, double th_pose3d, double min_mode_score, double th_persondetect,
     int64_t max_people) {
-  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, centres, limit, th_iou, max_people);
+  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, joints, size, points, swapped, centres, limit, th_iou,
+                    max_people);
   int64_t B = score.size(0), N = score.size(1), J = lower.size(0), P = max_people;
   auto ready = [](const Maybe& t) { return t ? t->contiguous() : at::Tensor(); };
   auto data = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<float>() : nullptr; };
   auto wide = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
   at::Tensor s = score.contiguous(), p2 = pose2d.contiguous(), p3 = pose3d.contiguous(), l = legs.contiguous();
   at::Tensor low = lower.contiguous(), b = ready(boxes), q = ready(points), x = ready(swapped), r = ready(limit);
-  at::Tensor z = ready(centres);
+  at::Tensor z = ready(centres), boxed = ready(joints), sides = ready(size);
 
   auto fill = [&](at::IntArrayRef shape, at::ScalarType type, int value) {
     at::Tensor t = at::empty(shape, score.options().dtype(type));
@@ -351,7 +379,9 @@ std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
   at::Tensor dropped = fill({B}, at::kLong, 0);
   Call call = {{0, J, q.defined() ? q.size(2) : 0, nullptr, nullptr, data(p2), data(p3), data(l),
                 reinterpret_cast<const uint8_t*>(low.const_data_ptr<bool>()), data(q), data(x), data(z), wide(r)},
-               data(s), wide(b), N, P, th_iou, th_pose3d, min_mode_score, th_persondetect,
+               data(s), wide(b), boxed.defined() ? boxed.const_data_ptr<bool>() : nullptr,
+               sides.defined() ? sides.const_data_ptr<int64_t>() : nullptr, N, P, th_iou, th_pose3d, min_mode_score,
+               th_persondetect,
                mass.mutable_data_ptr<float>(), out2d.mutable_data_ptr<float>(), out3d.mutable_data_ptr<float>(),
                spread.mutable_data_ptr<float>(), support.mutable_data_ptr<int64_t>(), best.mutable_data_ptr<int64_t>(),
                person.mutable_data_ptr<int64_t>(), count.mutable_data_ptr<int64_t>(),

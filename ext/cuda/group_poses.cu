@@ -20,6 +20,8 @@ struct Inputs {
   const float *score, *pose2d, *pose3d, *legs;
   const bool* lower;
   const double* boxes;
+  const bool* boxed;    // (J,): the joints that boxes are round, which `present` then makes
+  const int64_t* size;  // (B, 2): height, width
   const float *at, *swapped, *centres;
   const double* limit;
   double th_iou, th_pose3d, min_mode_score, th_persondetect;
@@ -48,6 +50,7 @@ struct Work {
   int* support;
   int* best;        // the first of the mode, its place in the list
   int* person;      // (B, N): the group of each person, by falling mass
+  double* box;      // (B, N, 4), where they are made here
 };
 
 template <class T>
@@ -112,9 +115,27 @@ __global__ void present(Inputs in, Work work, Outputs out) {
     if (in.swapped) fine = fine && finite(in.swapped[i * 2 * in.points + k]);
     if (in.centres) fine = fine && finite(in.centres[i * 2 * in.points + k]);
   }
-  if (in.boxes && lane < 4) fine = fine && finite(in.boxes[4 * i + lane]);
+  if (in.boxes && !in.boxed && lane < 4) fine = fine && finite(in.boxes[4 * i + lane]);
   if (in.limit) fine = fine && finite(in.limit[i]);
   fine = __all_sync(~0u, fine);
+  for (int d = 0; in.boxed && d < 2; d++) {
+    float low = INFINITY, high = -INFINITY;
+    for (int j = lane; j < in.joints; j += 32) {
+      if (!in.boxed[j]) continue;
+      float x = in.pose2d[(i * in.joints + j) * 2 + d];
+      low = fminf(low, x);
+      high = fmaxf(high, x);
+    }
+    for (int apart = 16; apart; apart /= 2) {
+      low = fminf(low, __shfl_xor_sync(~0u, low, apart));
+      high = fmaxf(high, __shfl_xor_sync(~0u, high, apart));
+    }
+    float most = float(in.size[i / in.proposals * 2 + 1 - d] - 1);
+    if (lane == 0) {
+      work.box[4 * i + d] = fminf(fmaxf(low, 0.f), most);
+      work.box[4 * i + 2 + d] = double(fminf(fmaxf(high, 0.f), most)) + 1;
+    }
+  }
   if (lane == 0) {
     work.score[i] = fine ? in.score[i] : 0.f;
     out.person[i] = -1;
@@ -380,10 +401,12 @@ typedef at::Tensor T;
 
 std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
     const at::Tensor& score, const at::Tensor& pose2d, const at::Tensor& pose3d, const at::Tensor& legs,
-    const at::Tensor& lower, const Maybe& boxes, const Maybe& points, const Maybe& swapped, const Maybe& centres,
+    const at::Tensor& lower, const Maybe& boxes, const Maybe& joints,
+    const Maybe& size, const Maybe& points, const Maybe& swapped, const Maybe& centres,
     const Maybe& limit, double th_iou, double th_pose3d, double min_mode_score, double th_persondetect,
     int64_t max_people) {
-  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, points, swapped, centres, limit, th_iou, max_people);
+  check_group_poses(score, pose2d, pose3d, legs, lower, boxes, joints, size, points, swapped, centres, limit, th_iou,
+                    max_people);
   GUARD(score);
   int64_t B = score.size(0), N = score.size(1), J = lower.size(0), P = max_people;
   auto empty = [&](at::IntArrayRef shape, at::ScalarType type) {
@@ -402,10 +425,11 @@ std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
   auto wide = [](const at::Tensor& t) { return t.defined() ? t.const_data_ptr<double>() : nullptr; };
   at::Tensor s = score.contiguous(), p2 = pose2d.contiguous(), p3 = pose3d.contiguous(), l = legs.contiguous();
   at::Tensor low = lower.contiguous(), bx = ready(boxes), q = ready(points), x = ready(swapped), r = ready(limit);
-  at::Tensor z = ready(centres);
+  at::Tensor z = ready(centres), boxed = ready(joints), sides = ready(size);
   Inputs in = {B, int(N), int(J), q.defined() ? int(q.size(2)) : 0, int(P), data(s), data(p2), data(p3), data(l),
-               low.const_data_ptr<bool>(), wide(bx), data(q), data(x), data(z), wide(r), th_iou, th_pose3d,
-               min_mode_score, th_persondetect};
+               low.const_data_ptr<bool>(), wide(bx), boxed.defined() ? boxed.const_data_ptr<bool>() : nullptr,
+               sides.defined() ? sides.const_data_ptr<int64_t>() : nullptr, data(q), data(x), data(z), wide(r),
+               th_iou, th_pose3d, min_mode_score, th_persondetect};
   Outputs out = {mass.mutable_data_ptr<float>(), mean2d.mutable_data_ptr<float>(), mean3d.mutable_data_ptr<float>(),
                  spread.mutable_data_ptr<float>(), support.mutable_data_ptr<int64_t>(),
                  best.mutable_data_ptr<int64_t>(), person.mutable_data_ptr<int64_t>(),
@@ -416,10 +440,12 @@ std::tuple<T, T, T, T, T, T, T, T, T> group_poses(
   work.room = 2;
   while (work.room < N) work.room *= 2;
   int64_t keys = work.room <= kSorted ? 0 : work.room, words = N / 32 + 1;
-  at::Tensor large = empty({B * (keys + N)}, at::kLong);  // keys and masses
+  at::Tensor large = empty({B * (keys + N + (joints ? 4 * N : 0))}, at::kLong);  // keys, masses, boxes
   at::Tensor small = empty({B * (9 * N + words + 2)}, at::kInt);
   work.key = reinterpret_cast<Key*>(large.mutable_data_ptr<int64_t>());
   work.mass = reinterpret_cast<double*>(work.key + B * keys);
+  work.box = work.mass + B * N;
+  if (joints) in.boxes = work.box;
   int* next = small.mutable_data_ptr<int>();
   auto take = [&](int64_t each) { return std::exchange(next, next + B * each); };
   work.score = reinterpret_cast<float*>(take(N));

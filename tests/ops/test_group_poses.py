@@ -52,6 +52,13 @@ def by_points(given: dict[str, Any], swapped: bool = False, centres: bool = Fals
     return {k: v for k, v in given.items() if k != "boxes"} | points
 
 
+def by_joints(given: dict[str, Any]) -> dict[str, Any]:
+    """The same with overlap of boxes round some joints, in images that cut them."""
+    joints = torch.tensor([j in (0, 4, 5, 7, 12) for j in range(given["pose2d"].shape[2])])
+    size = torch.tensor([[150, 220], [90, 400], [300, 120]])[: len(given["score"])]
+    return {k: v for k, v in given.items() if k != "boxes"} | {"joints": joints, "size": size}
+
+
 def run(given: dict[str, Any], backend: SimpleNamespace) -> ops.PeopleFound:
     found = ops.group_poses(**{k: v.to(backend.device) if isinstance(v, Tensor) else v for k, v in given.items()})
     return ops.PeopleFound(*(v.cpu() for v in found))
@@ -70,6 +77,10 @@ def check(given: dict[str, Any], found: ops.PeopleFound) -> int:
     for b in range(images):
 
         def overlap(p: int, c: int, b: int = b) -> bool:
+            if "joints" in given:
+                some, size = given["joints"].nonzero()[:, 0].tolist(), given["size"][b].tolist()
+                boxes = [ppi_reference.box(given["pose2d"][b, i].tolist(), tuple(some), *size) for i in (p, c)]
+                return ppi_reference.iou(*boxes) > given["th_iou"]
             if "boxes" in given:
                 p_box, c_box = (tuple(given["boxes"][b, i].tolist()) for i in (p, c))
                 solid = c_box[2] > c_box[0] and c_box[3] > c_box[1]
@@ -133,12 +144,14 @@ def close(found: Tensor, truth: Any, apart: float) -> None:
     assert found.shape == truth.shape and (found - truth).abs().max() <= apart
 
 
-@pytest.mark.parametrize("overlap", ["boxes", "points", "swapped", "centres"])
+@pytest.mark.parametrize("overlap", ["boxes", "joints", "points", "swapped", "centres"])
 def test_equals_the_slow_reference(backend: SimpleNamespace, overlap: str) -> None:
     people = 0
     for seed in range(3 if backend.name == "emulated" else 6):
         given = scene(seed, count=12 + 13 * seed, people=1 + seed)
-        if overlap != "boxes":
+        if overlap == "joints":
+            given = by_joints(given)
+        elif overlap != "boxes":
             given = by_points(given, overlap != "points", overlap == "centres")
         people += check(given, run(given, backend))
     assert people > 4
@@ -233,9 +246,9 @@ def test_more_people_than_room(backend: SimpleNamespace) -> None:
 def test_absent_proposals(backend: SimpleNamespace) -> None:
     """A number that is not finite, anywhere, is as if the proposal were not there."""
     given = scene(1, 1, 30) | {"legs": torch.ones(1, 30)}
-    for overlap in (given, by_points(given, True), by_points(given, True, True)):
+    for overlap in (given, by_joints(given), by_points(given, True), by_points(given, True, True)):
         broken = {k: v.clone() if isinstance(v, Tensor) else v for k, v in overlap.items()}
-        names = [k for k, v in overlap.items() if isinstance(v, Tensor) and k != "lower"]
+        names = [k for k, v in overlap.items() if isinstance(v, Tensor) and k not in ("lower", "joints", "size")]
         order = overlap["score"][0].argsort(descending=True)
         values = itertools.cycle([float("nan"), float("inf"), -float("inf")])
         for name, row, value in zip(names, order, values, strict=False):
@@ -302,12 +315,25 @@ def test_wrong_arguments(backend: SimpleNamespace) -> None:
             run(given | wrong, backend)
 
 
-@pytest.mark.parametrize("overlap", ["boxes", "points"])
+@pytest.mark.parametrize("overlap", ["boxes", "joints", "points"])
 def test_opcheck_compile_export(overlap: str) -> None:
     assert ops.use_ext("cpu")
     given = scene(0)
-    given = given if overlap == "boxes" else by_points(given, True, True)
-    names = ("score", "pose2d", "pose3d", "legs", "lower", "boxes", "points", "swapped", "centres", "limit")
+    given = {"boxes": given, "joints": by_joints(given), "points": by_points(given, True, True)}[overlap]
+    names = (
+        "score",
+        "pose2d",
+        "pose3d",
+        "legs",
+        "lower",
+        "boxes",
+        "joints",
+        "size",
+        "points",
+        "swapped",
+        "centres",
+        "limit",
+    )
     tensors = [given.get(n) for n in names]
     tensors = [
         t.double() if t is not None and n in ("boxes", "limit") else t for n, t in zip(names, tensors, strict=True)
