@@ -26,12 +26,12 @@ SHEET_WIDTH = 1600
 """Pixels of an anchor sheet, about."""
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = config.parser(__doc__ or "")
     parser.add_argument("--data", metavar="FILE", help="COCO file whose people have 3D poses, or motion-capture .npz")
     parser.add_argument("--from", dest="source", metavar="FILE", help="anchor poses: a released .pkl or our JSON")
     parser.add_argument("--out", metavar="ANCHORS.json", help="file to write")
-    args, settings = config.parse(parser)
+    args, settings = config.parse(parser, argv)
     section = settings.anchors
     if not (args.source or args.data) or not (args.out or args.source):
         parser.error("give --data FILE or --from FILE, and --out ANCHORS.json")
@@ -66,6 +66,7 @@ def main() -> None:
         for file, picture in pictures.items():
             draw.save(picture, file)
         console.print(f"written: {', '.join([args.out, *pictures])}", markup=False)
+    return 0
 
 
 def read(file: str, skeleton: Skeleton, views: int) -> tuple[People, Sequence[Any]]:

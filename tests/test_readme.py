@@ -10,9 +10,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from lcrnet import coco, synthetic
+from lcrnet.skeleton import LCR13
 
 SMALL = {
     "train": "--train.steps 2 --train.batch 2 --anchors.k 3 --image.short_side 96 --train.threads 1",
@@ -21,6 +23,8 @@ SMALL = {
     "annotate": "",
     "coco": "",
     "evaluate": "",
+    "anchors": "--anchors.k 3",
+    "lift": "--lift.headings 4 --lift.elevations [0] --lift.neighbours 4",
 }
 
 
@@ -41,6 +45,8 @@ def home(tmp_path: Path, root: Path, drawn: Path, monkeypatch: pytest.MonkeyPatc
     for name in ("DIR", "IMAGES"):
         shutil.copytree(drawn / "images", tmp_path / name)
     shutil.copy(min((drawn / "images").iterdir()), tmp_path / "photo.jpg")
+    poses = np.concatenate([i.people.pose3d[i.people.has3d] for i in coco.read(drawn / "annotations.json").images])
+    np.savez(tmp_path / "POSES.npz", poses=poses * [-1, -1, 1], joints=np.array(LCR13.joints))
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -60,8 +66,9 @@ def test_the_commands_work_in_the_order_they_are_printed(
             shutil.move("COCO/annotations.json", "COCO/annotations/train.json")
         assert not importlib.import_module(f"jobs.{name}").main([*arguments, *shlex.split(SMALL[name])]), arguments
         done.append(name)
-    assert done == ["coco", "train", "tune", "annotate", "coco", "train", "evaluate"]
-    for made in ("RUN/model", "SWEEP/best", "LABELS", "RUN2/model", "REPORT/metrics.json"):
+    assert done == ["coco", "train", "tune", "annotate", "coco", "train", "evaluate", "anchors", "lift"]
+    for made in ("RUN/model", "SWEEP/best", "LABELS", "RUN2/model", "REPORT/report.html", "ANCHORS.sheet.png",
+                 "LIFTED.json"):  # fmt: skip
         assert (home / made).exists(), made
 
     code = blocks(text, "python")
