@@ -11,7 +11,8 @@ import pytest
 # Beyond DESIGN.md's table: `config` outgrew its fields, which are `sections`; `model` has `detect`, so it knows images
 # and PPI; `annotations` (a COCO file in memory) outgrew `coco`, `unpickle` outgrew `weights`, and so did `legacy`
 # (other people's weights, with its `torchfile`, `fetch`, `names` and `imports`: file formats, URLs, names of tensors,
-# conventions), `body` (joint angles and measures) outgrew `synthetic`; `detectron` (its YAML as our configuration) has its table of keys beside it.
+# conventions), `body` (joint angles and measures) outgrew `synthetic`; `detectron` (its YAML as our configuration) has
+# its table of keys beside it.
 # `mocap` (3D poses without images) serves `anchors` and `lift` (2D labels get 3D poses). Of `evaluate`, which matches
 # people, `metrics` (formulas), `calibration` (scores -> probabilities), `protocols` (other people's data sets and their
 # rules, with readers `h36m`, `mupots` and `matfile`) and `report` (a page to look at) are nouns of their own; a model
