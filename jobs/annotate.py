@@ -10,7 +10,6 @@ says of image.*, rpn.nms_iou, head.score_floor, ppi.* and the like takes their p
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import threading
@@ -26,7 +25,7 @@ import ray
 import ray.data
 
 import lcrnet
-from jobs.session import connect, told, writable
+from jobs.session import connect, quiet, told, writable
 from lcrnet import config, image, weights
 from lcrnet.annotate import Annotator, Labeller, config_id, settings
 from lcrnet.config import Config, UserError
@@ -113,9 +112,7 @@ def _run(
     blocks = -(-len(todo) // size)
     connect(own.workers, own.gpu, field="annotate")
     workers = min(own.workers, blocks)
-    context = ray.data.DataContext.get_current()
-    context.enable_progress_bars = context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would tell that there are no bars
+    quiet()
     arguments = {"model": model, "device": "cuda" if own.gpu else "cpu", "max_pixels": own.max_pixels,
                  "batch": own.batch, "asked": asked, "root": root, "calibrated": own.calibrated}  # fmt: skip
     threads = max(1, int(ray.available_resources().get("CPU", 1) // workers))  # Ray itself would allow one

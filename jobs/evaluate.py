@@ -158,7 +158,7 @@ def _on_cluster(
     chunks: list[list[str]], limits: config.Annotate, arguments: dict[str, Any], annotator: Callable[..., Any]
 ) -> Iterator[pa.Table]:
     session.connect(limits.workers, limits.gpu, field="annotate")
-    ray.data.DataContext.get_current().enable_progress_bars = False
+    session.quiet()
     workers = min(limits.workers, len(chunks))
     threads = max(1, int(ray.available_resources().get("CPU", 1) // workers))
     found = ray.data.from_items([{"uris": chunk} for chunk in chunks], override_num_blocks=len(chunks)).map_batches(

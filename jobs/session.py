@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import ray
+import ray.data
 from ray.exceptions import RayError
 from ray.train import ScalingConfig
 
@@ -61,6 +62,13 @@ def connect(workers: int, gpu: bool = False, *, field: str = "train", cpus: int 
         each = f"{cpus} CPU{'s' * (cpus > 1)}{' + 1 GPU' * gpu}"
         fix = f"lower --{field}.workers to {room}" if room else f"--{field}.gpu false" if gpu else "add nodes"
         raise UserError(f"asked for {workers} workers x {each}; the cluster has {has}, room for {room}: {fix}")
+
+
+def quiet() -> None:
+    """Ray Data without its own bars and notices: jobs say how far they are."""
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # it would tell that there are no bars
 
 
 @contextlib.contextmanager
