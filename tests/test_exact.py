@@ -299,7 +299,7 @@ def people_apart(net: LCRNet, found: PoseProposals, golden: Result) -> dict[str,
     pairs = kept(golden, net)
     goal = ppi_reference.integrate(
         golden.scores[:, 1:][pairs], pairs[1], golden.pose2d[pairs], golden.pose3d[pairs], *LANDSCAPE.shape[:2],
-        np.arange(K) >= K // 2, **net.config.ppi.model_dump(),
+        np.arange(K) >= K // 2, **{name: getattr(net.config.ppi, name) for name in PPI},
     )  # fmt: skip
     people = ppi.integrate(found, LANDSCAPE.shape[:2], net.config.ppi, net.skeleton, net.anchors.upper_only)
     if [p.support for p in people] != [len(p.members) for p in goal]:

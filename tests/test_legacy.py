@@ -197,7 +197,7 @@ def test_inria(flat: np.ndarray, write: Any, tmp_path: Path, capsys: pytest.Capt
     whole(found)
     assert found.report.kind == "lcrnet_inria" and found.model is not None and found.anchors is not None
     settings = found.config
-    assert settings.ppi.model_dump() == files.PPI
+    assert settings.ppi == config.Ppi(**files.PPI)
     assert (settings.image.short_side, settings.rpn.pre_nms, settings.rpn.post_nms) == (320, 50, 500)
     assert (settings.image.multiple, settings.model.roi_size, settings.model.sampling_ratio) == (1, 14, 0)
     assert settings.model.stride_in_1x1 and not settings.model.aligned and settings.head.score_floor == 0.005
@@ -262,7 +262,7 @@ def test_inria_in_parts(flat: np.ndarray, write: Any, tmp_path: Path) -> None:
     found = legacy.load(file, parts=parts)
     whole(found)
     assert found.report.kind == "lcrnet_state" and found.model is not None
-    assert found.config.ppi.model_dump() == files.PPI and found.config.image.short_side == 320
+    assert found.config.ppi == config.Ppi(**files.PPI) and found.config.image.short_side == 320
     with pytest.raises(UserError, match="parameters of PPI, not weights"):
         legacy.load(parts[1])
     with pytest.raises(UserError, match="20 classes, but 7 anchor poses"):
