@@ -36,6 +36,7 @@ from lcrnet.sections import (
     Ppi,
     Rpn,
     Section,
+    Store,
     Train,
     Tune,
 )
@@ -63,6 +64,7 @@ class Config(Section):
     ppi: Ppi = Ppi()
     data: Data = Data()
     train: Train = Train()
+    store: Store = Store()
     annotate: Annotate = Annotate()
     coco: Coco = Coco()
     evaluate: Evaluate = Evaluate()

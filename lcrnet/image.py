@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import glob
 import io
+import math
 import os
 import stat
 import warnings
@@ -108,14 +109,19 @@ def read_bytes(path: str | os.PathLike[str], max_pixels: int = MAX_PIXELS) -> by
         raise Unreadable((error.strerror or str(error)).lower()) from None
 
 
-def decode(data: bytes, max_pixels: int = MAX_PIXELS) -> np.ndarray:
+def decode(data: bytes, max_pixels: int = MAX_PIXELS, at_least: float = 1) -> np.ndarray:
     """An encoded picture -> (H, W, 3) uint8 RGB, writable, upright (EXIF orientation applied).
 
     Of an animation the first frame; 16 bit grey is scaled to 8; what is transparent is laid over white, as viewers
     show it. Raises Unreadable for anything that is no whole picture of at most `max_pixels` pixels (nor more than
     Pillow's own limit of 2 * PIL.Image.MAX_IMAGE_PIXELS); nothing is decoded before its size is known.
+
+    at_least  below 1: a JPEG may come at 1/2, 1/4 or 1/8 of its size, sides rounded up, but not below this factor: what
+              libjpeg does in the frequency domain, and far sooner. Pixels are not those of decoding and `resize`
     """
     with _opened(data, max_pixels) as image:
+        if at_least < 1:
+            image.draft(None, (math.ceil(image.width * at_least), math.ceil(image.height * at_least)))
         image.load()
         try:
             ImageOps.exif_transpose(image, in_place=True)
@@ -183,7 +189,7 @@ def resize(image: np.ndarray, short_side: int, max_side: int, rule: str = "area"
           torchvision: always linear, float32, sides rounded down, with a factor each (GeneralizedRCNNTransform)
     """
     height, width = image.shape[:2]
-    scale = min(short_side / min(height, width), max_side / max(height, width))
+    scale = factor((height, width), short_side, max_side)
     if rule == "torchvision":
         size = max(1, int(height * scale)), max(1, int(width * scale))
         planes = torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)[None].float()
@@ -203,6 +209,11 @@ def resize(image: np.ndarray, short_side: int, max_side: int, rule: str = "area"
         return cv2.resize(image, size, interpolation=how), both
     # By factor, not by size: OpenCV would take size / old size for the factor, a different one for each axis.
     return cv2.resize(image, None, fx=scale, fy=scale, interpolation=how), both
+
+
+def factor(size: tuple[int, int], short_side: float, max_side: float) -> float:
+    """How much larger an image of that height and width becomes by `resize`."""
+    return min(short_side / min(size), max_side / max(size))
 
 
 def padded(size: Sequence[int], multiple: int) -> tuple[int, ...]:

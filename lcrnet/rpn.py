@@ -90,31 +90,38 @@ class RPN(nn.Module):
         return boxes.gather(1, keep.clamp(min=0)[..., None].expand(-1, -1, 4)) - lowest, count
 
     def loss(self, logits: Tensor, offsets: Tensor, anchors: Tensor, people: list[People]) -> dict[str, Tensor]:
-        """Losses `rpn_class` and `rpn_box`. People with `crowd` are regions where nothing is learnt."""
+        """Losses `rpn_class` and `rpn_box`. People with `crowd` are regions where nothing is learnt.
+
+        The anchor boxes of a person count by its trust, in a pseudo-label the chance that somebody is there. The rest
+        of the weight goes nowhere: as background it would cost recall, which is all that proposals are for.
+        """
         config = self.config
-        label = torch.full_like(logits, -1)
+        label, trust = torch.full_like(logits, -1), torch.ones_like(logits)
         goal = torch.zeros_like(offsets)
         for b, who in enumerate(people):
-            label[b], goal[b] = self._targets(anchors, who)
+            label[b], goal[b], trust[b] = self._targets(anchors, who)
         # At most `samples` an image, at most `positive_share` of them positive, chosen by random keys.
         key = torch.rand_like(logits)
         positive = _first(key, label == 1, round(config.samples * config.positive_share))
         negative = _first(key, label == 0, config.samples - positive.sum(1))
         use = positive | negative
         count = use.sum().clamp(min=1)
-        classes = F.binary_cross_entropy_with_logits(logits[use], label[use], reduction="sum") / count
-        boxes = F.smooth_l1_loss(offsets[positive], goal[positive], beta=1 / 9, reduction="sum") / count
+        classes = F.binary_cross_entropy_with_logits(logits[use], label[use], trust[use], reduction="sum") / count
+        boxes = F.smooth_l1_loss(offsets[positive], goal[positive], beta=1 / 9, reduction="none")
+        boxes = (boxes * trust[positive][:, None]).sum() / count
         return {"rpn_class": classes, "rpn_box": boxes}
 
     @torch.no_grad()
-    def _targets(self, anchors: Tensor, people: People) -> tuple[Tensor, Tensor]:
-        """label (A,): 1 person, 0 background, -1 neither; offsets (A, 4) to the person of largest overlap."""
-        label = anchors.new_zeros(len(anchors))
+    def _targets(self, anchors: Tensor, people: People) -> tuple[Tensor, Tensor, Tensor]:
+        """label (A,): 1 person, 0 background, -1 neither; offsets (A, 4) to the person of largest overlap; trust (A,):
+        that person's where the label is 1, else 1.
+        """
+        label, trust = anchors.new_zeros(len(anchors)), anchors.new_ones(len(anchors))
         goal = torch.zeros_like(anchors)
         label[coverage(anchors, people.box[people.crowd]) > 0.5] = -1
         box = people.box[~people.crowd]
         if len(box) == 0:
-            return label, goal
+            return label, goal, trust
         overlap = box_iou(anchors, box)
         best, who = overlap.max(1)
         label[best >= self.config.negative_iou] = -1
@@ -122,7 +129,8 @@ class RPN(nn.Module):
         # Every person has an anchor box, however small the overlap (and all that tie for it).
         forced = ((overlap == best_of_person) & (best_of_person > 0)).any(1)
         label[(best >= self.config.positive_iou) | forced] = 1
-        return label, encode(box[who], anchors)
+        trust = torch.where(label == 1, people.trust[~people.crowd][who].to(trust), trust)
+        return label, encode(box[who], anchors), trust
 
 
 def anchor_boxes(

@@ -218,6 +218,13 @@ class Data(Section):
     scale: tuple[Positive, Positive] = Field((0.8, 1.25), description="random factor on the size of the image")
     grow: Share = Field(0, description="images start at this part of their size, which they have from half the run on")
     colour: Share = Field(0, description="random brightness, contrast and colour, at most this part")
+    crop: Decay = Field(0, description="random window of the image, its sides shorter by at most this part")
+    rotate: float = Field(0, ge=0, le=180, description="random turn of image, boxes and poses, at most these degrees")
+    occlude: Share = Field(0, description="share of people over part of whom a patch of texture is laid")
+    group_aspect: bool = Field(False, description="images of like shape share a batch, which so has little padding")
+    decode: Literal["exact", "reduced"] = Field(
+        "exact", description="reduced: large JPEGs are decoded at 1/2, 1/4 or 1/8 where that is enough; much faster"
+    )
     loaders: int = Field(2, ge=0, description="processes a worker that decode images; 0 = in the worker itself")
     min_joints: Count = Field(4, description="people with fewer labelled joints are ignored regions")
 
@@ -227,26 +234,68 @@ class Train(Section):
 
     steps: Count = Field(90000, description="optimiser steps, for `batch` images each")
     batch: Count = Field(16, description="images of one step, over all workers")
+    accumulate: Count = Field(
+        1, description="parts that a worker's images of a step go through the network in; less memory, the same step"
+    )
     optimizer: Literal["sgd", "adamw"] = Field("sgd", description="the rule of a step")
     lr: Positive = Field(0.02, description="learning rate for `batch` images")
+    lr_reference: int = Field(
+        0, ge=0, description="the batch that lr, steps and warmup are for: lr grows with it, they shrink; 0: `batch`"
+    )  # fmt: skip
+    bias_lr: Positive = Field(1, description="learning rate of the biases (not of norms), times lr; Detectron: 2")
     momentum: Decay = Field(0.9, description="SGD momentum, or Adam's beta1")
+    momentum_correction: bool = Field(
+        False, description="SGD's momentum is scaled where the learning rate jumps, as in Detectron.pytorch"
+    )
     beta2: Decay = Field(0.999, description="Adam's beta2")
     weight_decay: NonNegative = Field(0.0001, description="not applied to biases and norms")
-    warmup: int = Field(500, ge=0, description="steps of linear warm-up")
+    warmup: int = Field(500, ge=0, description="steps of warm-up")
+    warmup_kind: Literal["linear", "constant"] = Field("linear", description="a line from warmup_factor up, or a step")
+    warmup_factor: Share = Field(0, description="part of lr it starts at; 0: 1 / (warmup + 1); Detectron: 0.333")
     schedule: Literal["steps", "cosine"] = Field("steps", description="how the learning rate falls after the warm-up")
-    decay_at: tuple[Share, ...] = Field((0.67, 0.89), description="parts of the run after which `steps` divides by 10")
+    decay_at: tuple[Share, ...] = Field((0.67, 0.89), description="parts of the run after which gamma applies")
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(0.1, description="the factor of each decay of `steps`")
     clip: NonNegative = Field(0, description="largest norm of the gradient; 0 = no limit")
     ema: Decay = Field(0, description="decay of the averaged weights that are kept; 0 = none")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 runs the network under autocast")
+    precision: Literal["fp32", "bf16", "fp16"] = Field(
+        "fp32", description="bf16 and fp16 run the network under autocast, fp16 with a scaled loss"
+    )
+    compile: bool = Field(
+        False, description="torch.compile of the backbone: minutes at the start, and nothing won on a CPU"
+    )
     seed: int = Field(0, description="same seed and workers, same result")
     workers: Count = Field(1, description="processes that train together")
     gpu: bool = Field(False, description="each on a GPU of its own")
     threads: int = Field(0, ge=0, description="CPU threads of each; 0 = the cores it was given")
     init: str | None = Field(None, description="model folder, or file of other people's weights, to start from")
     save_every: Count = Field(1000, description="steps between checkpoints")
+    validation: Literal["inline", "beside", "none"] = Field(
+        "inline", description="whether checkpoints are evaluated on --val: by worker 0, by a task beside, or not"
+    )
     log_every: Count = Field(20, description="steps between lines and TensorBoard scalars")
+    picture_every: int = Field(1000, ge=0, description="steps between TensorBoard pictures of people found; 0 = none")
     keep: Count = Field(2, description="checkpoints kept")
     max_failures: int = Field(3, ge=0, description="restarts after a lost worker")
+
+
+class Store(Section):
+    """Checkpoints of a training, and what it outlives."""
+
+    checkpoints: str = Field(
+        "",
+        description="where they go: a folder that all nodes share, or s3://BUCKET/RUN, gs://...; RUN itself without it",
+    )
+    upload: Literal["beside", "wait"] = Field(
+        "beside",
+        description="whether the training goes on while a checkpoint is copied there, or waits until it is safe",
+    )
+    keep_best: str = Field(
+        "", description="figure of the validation: the train.keep best checkpoints are kept, and the last; RUN/best"
+    )
+    best_mode: Literal["max", "min"] = Field("max", description="whether the best has the largest or the smallest")
+    min_workers: int = Field(
+        0, ge=0, description="train.workers may fall to so many when nodes are lost, and rise again; 0: always all"
+    )
 
 
 class Annotate(Section):
@@ -294,6 +343,14 @@ class Tune(Section):
     metric: str = Field("oks_ap", description="a figure of metrics.json")
     mode: Literal["max", "min"] = Field("max", description="whether the best trial has the largest or the smallest")
     concurrent: int = Field(0, ge=0, description="trials at a time; 0 = as many as the cluster holds")
+    scheduler: Literal["asha", "pbt", "none"] = Field(
+        "asha", description="asha stops weak trials early, pbt lets them go on from strong ones, changed a little"
+    )
+    grace: int = Field(0, ge=0, description="asha: steps before a trial is judged; 0 = to its first checkpoint")
+    reduction: int = Field(3, ge=2, description="asha: one trial of so many goes on, at each of its milestones")
+    perturb_every: int = Field(
+        0, ge=0, description="pbt: steps of a round, whole multiples of train.save_every; 0 = a checkpoint's"
+    )
 
 
 class Lift(Section):

@@ -1,8 +1,9 @@
-"""Samples: which, in what order, augmented how, and what is said of images that are no good."""
+"""Samples: which, in what order, from which source, and what is said of images that are no good."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,14 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from PIL import Image
+from torch.utils.data._utils.pin_memory import pin_memory
 
-from lcrnet import coco, config, dataset, image, synthetic
+from lcrnet import coco, config, dataset, image
 from lcrnet.coco import CocoImage
 from lcrnet.config import Config, UserError
-from lcrnet.dataset import Key, PoseDataset, Source, Steps, augment
-from lcrnet.pose import People, mirror2d, mirror3d
+from lcrnet.dataset import BLOCK, Key, Mix, PoseDataset, Source, Steps
+from lcrnet.pose import People
 from lcrnet.skeleton import LCR13
 
 
@@ -32,14 +35,17 @@ def settings(**fields: Any) -> Config:
 
 
 def test_order() -> None:
-    orders = [dataset.order(0, epoch, 50) for epoch in range(3)] + [dataset.order(1, 0, 50)]
+    orders = [dataset.order(0, epoch, 50) for epoch in range(3)] + [dataset.order(1, 0, 50), dataset.order(0, 0, 50, 1)]
     assert all(sorted(o) == list(range(50)) for o in orders)
-    assert len({tuple(o) for o in orders}) == 4
+    assert len({tuple(o) for o in orders}) == 5
     assert (dataset.order(0, 0, 50) == orders[0]).all()
 
 
+ALONE = Mix([11], [1])
+
+
 def keys(world: int, rank: int, start: int = 0, **fields: Any) -> list[list[Key]]:
-    return list(Steps(settings(**fields), 11, rank, world, start))
+    return list(Steps(settings(**fields), ALONE, rank, world, start))
 
 
 @pytest.mark.parametrize("world", [2, 4])
@@ -64,7 +70,7 @@ def test_every_image_once_an_epoch() -> None:
 def test_resuming_gives_the_rest() -> None:
     for rank in range(2):
         assert keys(2, rank, start=4, data__scale=[0.5, 2]) == keys(2, rank, data__scale=[0.5, 2])[4:]
-    assert len(Steps(settings(), 11, 0, 1, 4)) == 2 == len(keys(1, 0, 4))
+    assert len(Steps(settings(), ALONE, 0, 1, 4)) == 2 == len(keys(1, 0, 4))
 
 
 def test_size_jitter() -> None:
@@ -84,83 +90,165 @@ def test_images_grow() -> None:
     assert factors[:20] == sorted(set(factors[:20]))
 
 
-def spots(width: int = 90, height: int = 70) -> tuple[np.ndarray, People]:
-    """An image with a spot of its own colour at every joint of one person."""
+def seen(mix: Mix, positions: int, seed: int = 0) -> list[int]:
+    return [mix.image(seed, p) for p in range(positions)]
+
+
+def test_one_source_is_as_ever() -> None:
+    """The first positions of a run of before there were several sources; its checkpoints go on."""
+    assert seen(Mix([11], [3]), 25) == [int(dataset.order(0, p // 11, 11)[p % 11]) for p in range(25)]
+    assert seen(ALONE, 11) == [int(i) for i in np.random.default_rng([0, 0, 1]).permutation(11)]
+
+
+@pytest.mark.parametrize("weights", [[1, 1], [3, 1], [1, 2, 7], [0.001, 1], [1 / 3, 1 / 3, 1 / 3, 1e-9], [1] * 9])
+def test_a_mix_is_exact_over_any_window(weights: list[float]) -> None:
+    mix = Mix([5] * len(weights), weights)
+    turns = [mix.turn(p) for p in range(3000)]
+    for s in range(len(weights)):
+        assert [turn for source, turn in turns if source == s] == list(range(sum(source == s for source, _ in turns)))
+        had = np.cumsum([0] + [source == s for source, _ in turns])
+        for window in (1, 7, 100, 1000):
+            off = had[window:] - had[:-window] - window * mix.shares[s]
+            assert np.abs(off).max() <= 1 + len(weights) * mix.shares[s] + 1e-6
+    far = Mix([5] * len(weights), weights).turn(10**9 + 7)  # at once, without those before it
+    assert abs(far[1] - (10**9 + 7) * mix.shares[far[0]]) < len(weights)
+
+
+def test_epochs_of_each_source() -> None:
+    """Whatever its share, each image of a source once before any of them again."""
+    mix = Mix([4, 30], [1, 2])
+    shown = seen(mix, 600)
+    small, large = [i for i in shown if i < 4], [i - 4 for i in shown if i >= 4]
+    assert (len(small), len(large)) == (200, 400)
+    for images, count in ((small, 4), (large, 30)):
+        epochs = [images[n : n + count] for n in range(0, len(images) - count + 1, count)]
+        assert all(sorted(epoch) == list(range(count)) for epoch in epochs)
+        assert len({tuple(epoch) for epoch in epochs}) > 3
+    assert [seen(mix, 600)[p] for p in (599, 3, 400)] == [mix.image(0, p) for p in (599, 3, 400)], "in any order"
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("counts", [[50], [13, 40]])
+def test_restarts_with_other_workers_skip_and_repeat_nothing(counts: list[int], grouped: bool) -> None:
+    """A run of several legs, each with another number of workers, shows what the uninterrupted run shows, each image
+    of an epoch once, and each step's batch is the same.
+    """
+    asked = settings(train__steps=100, train__batch=12, data__scale=[0.8, 1.25])
+    aspects = list(np.random.default_rng(0).choice([0.66, 0.75, 1.33, 1.5], sum(counts))) if grouped else None
+
+    def leg(first: int, last: int, world: int) -> list[list[Key]]:
+        ranks = [list(Steps(asked, Mix(counts, [1] * len(counts)), r, world, first, aspects)) for r in range(world)]
+        return [[key for rank in ranks for key in rank[n]] for n in range(last - first)]
+
+    whole = leg(0, 100, 1)
+    assert leg(0, 7, 2) + leg(7, 40, 4) + leg(40, 41, 3) + leg(41, 100, 6) == whole
+    keys = sorted((key for step in whole for key in step), key=lambda key: key.position)
+    assert [key.position for key in keys] == list(range(1200)), "each position once"
+    first = 0
+    for count in counts:
+        mine = [key.index - first for key in keys if first <= key.index < first + count]
+        for epoch in range(len(mine) // count):
+            assert sorted(mine[epoch * count : (epoch + 1) * count]) == list(range(count))
+        first += count
+
+
+def test_images_of_like_shape_share_a_batch() -> None:
+    """All but one batch a block are of one orientation; both orientations come in every part of the run."""
+    aspects = [0.75, 1.5] * 200
+    asked = settings(train__steps=2 * BLOCK + 5, train__batch=8)
+    steps = Steps(asked, Mix([400], [1]), 0, 1, 0, aspects)
+    wide = np.array([[aspects[key.index] > 1 for key in batch] for batch in steps])
+    mixed = ~(wide.all(1) | ~wide.any(1))
+    for first in range(0, len(wide), BLOCK):
+        assert mixed[first : first + BLOCK].sum() <= 1
+    assert 0.3 < wide[:BLOCK].mean() < 0.7 and (np.diff(wide[:BLOCK, 0].astype(int)) != 0).sum() > 5, "in turns"
+    loose = np.array([[aspects[key.index] > 1 for key in b] for b in Steps(asked, Mix([400], [1]), 0, 1, 0)])
+    assert (~(loose.all(1) | ~loose.any(1))).mean() > 0.9
+
+
+def test_no_worker_has_one_source_for_itself() -> None:
+    """With two sources in turns and two workers of one image, the first is not always the first source's."""
+    mine = [batch[0].index // 10 for batch in Steps(settings(train__steps=40, train__batch=2), Mix([10, 10], [1, 1]),
+                                                    0, 2, 0)]  # fmt: skip
+    assert 8 < sum(mine) < 32
+
+
+def test_load(drawn: Path, tmp_path: Path) -> None:
+    """Several sources, each with its folder; samples are of the right file, and by weight."""
+    first = Source(drawn / "annotations.json", drawn / "images")
+    few = [replace(image, file_name=f"images/{image.file_name}") for image in dataset.read(first, LCR13)[:3]]
+    coco.write(tmp_path / "few.json", few)
+    second = Source(tmp_path / "few.json", drawn)
+    both = dataset.load([first, second], settings(), LCR13)
+    assert len(both) == 15 and both.mix.shares == [0.8, 0.2] and len(dataset.load(first, settings(), LCR13)) == 12
+    got = both[Key(13, 0, 1.0)]
+    assert got.file == str(drawn / "images" / "000001.jpg") and np.array_equal(got.image, both[Key(1, 0, 1.0)].image)
+    weighed = dataset.load([replace(first, weight=1.0), replace(second, weight=3.0)], settings(), LCR13)
+    ids = [i for batch in dataset.loader(weighed, 0, 1, 0) for i in batch.files]
+    assert len(ids) == 48 and weighed.mix.shares == [0.25, 0.75]
+    assert sum(Steps(settings(), weighed.mix, 0, 1, 0).mix.image(0, p) >= 12 for p in range(48)) == 36
+    for wrong, says in (
+        ([], "no data set"), ([first, replace(second, weight=2.0)], "1 of 2 data sets have a --weight"),
+        ([replace(first, weight=0.0)], r"annotations\.json: --weight 0 must be above 0"),
+        ([replace(first, weight=float("nan"))], "--weight nan"),
+    ):  # fmt: skip
+        with pytest.raises(UserError, match=says):
+            dataset.load(wrong, settings(), LCR13)
+
+
+def photo(path: Path, width: int, height: int, orientation: int = 1) -> CocoImage:
+    """A JPEG with soft content, stored so that it is `width` x `height` upright, and a person on it."""
     rng = np.random.default_rng(0)
+    shot = cv2.resize(rng.integers(0, 256, (9, 12, 3), np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+    stored = Image.fromarray(shot if orientation == 1 else np.rot90(shot))  # 6: to be turned clockwise
+    exif = Image.Exif()
+    exif[274] = orientation
+    stored.save(path, quality=95, exif=exif)
     people = People.empty(1, 13)
-    grid = np.stack(np.meshgrid(np.arange(8, width - 8, 16), np.arange(8, height - 8, 16)), -1).reshape(-1, 2)
-    people.pose2d[0] = rng.permutation(grid)[:13]
-    people.pose3d[:] = rng.normal(size=(1, 13, 3))
-    people.seen[0] = np.arange(13) % 3
-    people.box[0], people.area[:] = [5, 6, 60, 65], 100
-    shot = np.zeros((height, width, 3), np.uint8)
-    for j, (x, y) in enumerate(people.pose2d[0].astype(int)):
-        shot[y - 4 : y + 4, x - 4 : x + 4] = COLOURS[j]
-    return shot, people
+    people.pose2d[0], people.seen[:] = rng.uniform(0, [width, height], (13, 2)), 2
+    people.box[0], people.area[:] = [10, 20, width - 30, height - 5], width * height / 2
+    return CocoImage(1, path.name, width, height, None, people)
 
 
-COLOURS = np.random.default_rng(1).permutation(np.arange(60, 256, 15)).astype(np.uint8)[:, None].repeat(3, 1)
+@pytest.mark.parametrize("size", [(1001, 763), (640, 480), (763, 1001), (130, 129)])
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_reduced_decoding_keeps_places(size: tuple[int, int], orientation: int, tmp_path: Path) -> None:
+    """The same picture to within its soft edges, the same places to within rounding, whatever libjpeg rounds up."""
+    entry = photo(tmp_path / "a.jpg", *size, orientation)
+    exact, reduced = (
+        PoseDataset([entry], tmp_path, settings(data__decode=how), LCR13)[Key(0, 0, 1.0)]
+        for how in ("exact", "reduced")
+    )
+    assert np.abs(np.subtract(exact.image.shape, reduced.image.shape)).max() <= 1
+    height, width = np.minimum(exact.image.shape, reduced.image.shape)[:2]
+    off = np.abs(exact.image[:height, :width].astype(int) - reduced.image[:height, :width])
+    assert off.mean() < 3
+    assert np.abs(exact.people.pose2d - reduced.people.pose2d).max() < 1
+    assert np.abs(exact.people.box - reduced.people.box).max() < 1
+    assert reduced.people.area[0] == pytest.approx(exact.people.area[0], rel=0.02)
+    raw = image.decode((tmp_path / "a.jpg").read_bytes(), at_least=128 / max(size))
+    assert min(size) < 2 * 129 or raw.shape[0] < size[1], "it was decoded at less"
 
 
-def own(of: np.ndarray) -> int:
-    """Which of COLOURS a pixel has."""
-    return int(np.abs(COLOURS[:, 0].astype(int) - int(of[0])).argmin())
+def test_reduced_decoding_still_checks_sizes(tmp_path: Path) -> None:
+    entry = replace(photo(tmp_path / "a.jpg", 1000, 800), width=2000, height=1600)
+    with pytest.raises(UserError, match=r"1000 x 800 pixels upright, but image 1 says 2000 x 1600"):
+        PoseDataset([entry], tmp_path, settings(data__decode="reduced"), LCR13)[Key(0, 0, 1.0)]
+    Image.new("RGB", (500, 400)).save(tmp_path / "a.png")  # no JPEG: as it is
+    same = replace(entry, file_name="a.png", width=500, height=400)
+    assert PoseDataset([same], tmp_path, settings(data__decode="reduced"), LCR13)[Key(0, 0, 1.0)].image.shape[1] == 128
 
 
-@pytest.mark.parametrize("scale", [1.0, 2.0, 0.75])
-def test_mirrored_and_resized_people_stay_on_their_pixels(scale: float) -> None:
-    """Each joint lies on its spot; mirrored, the left wrist lies on what was the spot of the right one."""
-    shot, people = spots()
-    assert len(np.unique(COLOURS)) == len(COLOURS) >= 13
-    for flip in (0, 1):
-        asked = settings(data__flip=flip, image__short_side=70, image__max_side=90)
-        got = augment(shot, people, Key(0, 5, scale), asked, LCR13, 7)
-        assert got.id == 7 and abs(got.image.shape[1] - scale * 90) < 1
-        for j in range(13):
-            x, y = got.people.pose2d[0, j].astype(int)
-            source = LCR13.mirror[j] if flip else j
-            assert own(got.image[y, x]) == source, (LCR13.joints[j], flip)
-            assert got.people.seen[0, j] == people.seen[0, source]
-            expected = people.pose3d[0, source] * ([-1, 1, 1] if flip else [1, 1, 1])
-            np.testing.assert_allclose(got.people.pose3d[0, j], expected)
-        width = got.image.shape[1]
-        exact = round(70 * scale) / 70  # sides are whole pixels
-        x1, y1, x2, y2 = people.box[0] * exact
-        box = [width - x2, y1, width - x1, y2] if flip else [x1, y1, x2, y2]
-        np.testing.assert_allclose(got.people.box[0], box, rtol=1e-5)
-        assert got.people.area[0] == pytest.approx(100 * exact**2)
-
-
-def test_mirrored_drawing() -> None:
-    shot, people = next(d for d in (synthetic.draw(s, 128, 75) for s in range(9)) if len(d[1]) > 1)
-    before = people.copy()
-    got = augment(shot, people, Key(0, 0, 1.0), settings(data__flip=1), LCR13)
-    assert np.array_equal(got.image, shot[:, ::-1]) and got.image.flags["C_CONTIGUOUS"]
-    np.testing.assert_allclose(got.people.pose2d, mirror2d(people.pose2d, 128, LCR13))
-    np.testing.assert_allclose(got.people.pose3d, mirror3d(people.pose3d, LCR13))
-    np.testing.assert_allclose(got.people.box[:, [2, 1, 0, 3]], people.box * [-1, 1, -1, 1] + [128, 0, 128, 0])
-    assert all(np.array_equal(v, getattr(before, k)) for k, v in people.__dict__.items()), "the data set is untouched"
-
-
-def test_augmentation_is_that_of_the_position() -> None:
-    shot, people = synthetic.draw(1, 128, 75)
-    asked = settings(data__flip=0.5, data__colour=0.3)
-    samples = [augment(shot, people, Key(0, p, 1.0), asked, LCR13) for p in range(40)]
-    again = augment(shot, people, Key(0, 17, 1.0), asked, LCR13)
-    assert np.array_equal(samples[17].image, again.image) and np.array_equal(samples[17].people.box, again.people.box)
-    assert len({s.image.tobytes() for s in samples}) == 40
-    flipped = sum(not np.array_equal(s.people.box, people.box) for s in samples)
-    assert 8 < flipped < 32
-    other = settings(data__flip=0.5, data__colour=0.3, train__seed=1)
-    assert not np.array_equal(augment(shot, people, Key(0, 17, 1.0), other, LCR13).image, again.image)
-
-
-def test_recolour() -> None:
-    grey = np.full((4, 4, 3), 100, np.uint8)
-    rng = np.random.default_rng(0)
-    new = np.stack([dataset.recolour(grey, rng, 0.2)[0, 0] for _ in range(100)]).astype(float)
-    assert new.std(0).min() > 3 and np.abs(new - 100).max() < 100 * (1.2 * 1.1 - 1) + 0.2 * 64 + 1
-    assert np.array_equal(dataset.recolour(grey, rng, 0), grey)
+def test_pinned_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    """DataLoader leaves objects that are no tensors unpinned unless they say how."""
+    pinned: list[int] = []
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self, *_: pinned.append(id(self)) or self.clone())
+    shots = [dataset.Sample(np.full((8, 8, 3), 9, np.uint8), People.empty(n, 13), n, "x") for n in (2, 0)]
+    batch = dataset.collate(shots, 16)
+    got = pin_memory(batch)
+    assert isinstance(got, dataset.Batch) and got is not batch and len(pinned) == 2 + 2 * 8
+    assert torch.equal(got.images, batch.images) and (got.ids, got.files) == ([2, 0], ["x", "x"])
+    assert [len(p) for p in got.people] == [2, 0]
 
 
 def test_read(drawn: Path) -> None:
@@ -210,7 +298,7 @@ def test_images_that_are_no_good(index: int, says: str, spoilt: PoseDataset) -> 
 
 
 def test_a_loader_process_says_the_same_in_one_line(spoilt: PoseDataset) -> None:
-    spoilt.images = spoilt.images[1:2]
+    spoilt.images, spoilt.mix = spoilt.images[1:2], Mix([1], [1])
     for loaders in (0, 1):
         spoilt.config = settings(train__batch=1, data__loaders=loaders)
         with pytest.raises(UserError, match=SPOILT[1][1]) as error:
@@ -253,8 +341,20 @@ def test_loader(drawn: Path) -> None:
             mine_of_it = slice(2 * rank, 2 * rank + 2)
             assert mine.ids == all_of_it.ids[mine_of_it]
             assert torch.equal(mine.images, all_of_it.images[mine_of_it])
+            assert mine.files == all_of_it.files[mine_of_it] and len(mine.files) == 2
             for a, b in zip(mine.people, all_of_it.people[mine_of_it], strict=True):
                 assert torch.equal(a.pose2d, b.pose2d)
+
+
+def test_loaders_start_after_threads_of_opencv(drawn: Path) -> None:
+    """Its pool does not outlive a fork; a loader that touches it hangs."""
+    images = dataset.read(Source(drawn / "annotations.json", drawn / "images"), LCR13)
+    before = cv2.getNumThreads()
+    for _ in range(5):
+        cv2.resize(np.zeros((1500, 1500, 3), np.uint8), (700, 700), interpolation=cv2.INTER_CUBIC)
+        asked = settings(data__loaders=2, train__batch=4, train__steps=2, image__short_side=100)
+        assert len(list(dataset.loader(PoseDataset(images, drawn / "images", asked, LCR13), 0, 1, 0))) == 2
+    assert cv2.getNumThreads() == before
 
 
 def test_read_of_the_loader_is_that_of_the_labeller(drawn: Path) -> None:

@@ -16,7 +16,9 @@ import pytest
 # `mocap` (3D poses without images) serves `anchors` and `lift` (2D labels get 3D poses). Of `evaluate`, which matches
 # people, `metrics` (formulas), `calibration` (scores -> probabilities), `protocols` (other people's data sets and their
 # rules, with readers `h36m`, `mupots` and `matfile`) and `report` (a page to look at) are nouns of their own; a model
-# carries its calibration.
+# carries its calibration. Of `train`, the loop, `board` (TensorBoard), `checkpoint` (what resuming needs) and
+# `snapshot` (a step that failed, to be replayed); of `dataset`, `augment`; `sweep` tries settings of PPI without the
+# network.
 MAY_IMPORT = {
     "skeleton": "",
     "sections": "",
@@ -46,7 +48,8 @@ MAY_IMPORT = {
     "annotations": "pose",
     "labels": "pose",
     "coco": "annotations labels pose",
-    "dataset": "coco annotations image pose",
+    "augment": "image pose",
+    "dataset": "coco annotations image pose augment",
     "body": "",
     "synthetic": "body camera coco annotations pose",
     "optim": "",
@@ -57,7 +60,11 @@ MAY_IMPORT = {
     "evaluate": "pose image annotations coco ppi calibration metrics",
     "protocols": "pose annotations h36m mupots",
     "report": "pose draw",
-    "train": "dataset model optim evaluate weights anchors",
+    "sweep": "annotate dataset evaluate image ppi weights model pose",
+    "board": "draw",
+    "checkpoint": "model optim weights",
+    "snapshot": "dataset model pose weights",
+    "train": "dataset model optim evaluate weights anchors board checkpoint coco draw pose snapshot",
     "annotate": "image labels model ppi weights pose",
     "detectron_keys": "",
     "detectron": "detectron_keys",

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torchvision.ops import box_iou
 
@@ -79,7 +80,7 @@ def test_outputs_are_in_the_order_of_the_anchor_boxes() -> None:
 def test_every_person_has_a_positive() -> None:
     """However small or odd they are: the anchor boxes of largest overlap, with the offsets to that person."""
     who = people((3, 3, 6, 7), (30, 0, 34, 48), (50, 10, 78, 44))
-    label, goal = network()._targets(ANCHORS, who)
+    label, goal, _ = network()._targets(ANCHORS, who)
     overlap = box_iou(ANCHORS, who.box)
     assert (overlap.max(0).values[:2] < CONFIG.negative_iou).all(), "the first two would have none by overlap alone"
     for i in range(3):
@@ -94,13 +95,13 @@ def test_every_person_has_a_positive() -> None:
 
 def test_ignored_regions_are_neither() -> None:
     region = (0.0, 0.0, 40.0, 48.0)
-    label, _ = network()._targets(ANCHORS, people(region, crowd=1))
+    label, _, _ = network()._targets(ANCHORS, people(region, crowd=1))
     inside = rpn.coverage(ANCHORS, torch.tensor([region])) > 0.5
     assert inside.any() and (~inside).any()
     assert (label[inside] == -1).all() and (label[~inside] == 0).all()
     # someone in front of a crowd is a person all the same
     person = (12.0, 12.0, 28.0, 28.0)
-    label, _ = network()._targets(ANCHORS, people(person, region, crowd=1))
+    label, _, _ = network()._targets(ANCHORS, people(person, region, crowd=1))
     assert label[box_iou(ANCHORS, torch.tensor([person]))[:, 0].argmax()] == 1
     assert not (label[inside] == 0).any()
 
@@ -144,9 +145,36 @@ def test_loss_of_images_without_people() -> None:
     assert losses["rpn_class"] == 0, "nothing to learn where all is ignored"
 
 
+def test_anchor_boxes_of_a_person_count_by_its_trust() -> None:
+    """Of one whom nobody vouches for nothing is learnt; background stays as it is; trust 1 is as if there were none."""
+    torch.manual_seed(3)
+    logits, offsets = torch.randn(1, len(ANCHORS)), torch.randn(1, len(ANCHORS), 4)
+    sure, unsure = people((50, 10, 78, 44)), people((50, 10, 78, 44))
+    label, goal, trust = network()._targets(ANCHORS, sure)
+    assert (trust == 1).all() and (label == 1).sum() > 0
+
+    def gradients(who: People) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor]:
+        a, b = logits.clone().requires_grad_(), offsets.clone().requires_grad_()
+        losses = network(samples=len(ANCHORS)).loss(a, b, ANCHORS, [who])
+        return losses, *torch.autograd.grad(losses["rpn_class"] + losses["rpn_box"], [a, b])
+
+    use = label >= 0
+    plain, classes, boxes = gradients(sure)
+    cross = F.binary_cross_entropy_with_logits(logits[0][use], label[use], reduction="sum") / use.sum()
+    far = F.smooth_l1_loss(offsets[0][label == 1], goal[label == 1], beta=1 / 9, reduction="sum") / use.sum()
+    assert torch.equal(plain["rpn_class"], cross) and torch.equal(plain["rpn_box"], far), "bit for bit"
+    for value in (0.25, 0.0):
+        unsure.trust[:] = value
+        losses, c, b = gradients(unsure)
+        torch.testing.assert_close(losses["rpn_box"], value * plain["rpn_box"])
+        torch.testing.assert_close(b, value * boxes)
+        torch.testing.assert_close(c[0], classes[0] * torch.where(label == 1, value, 1.0))
+    torch.testing.assert_close(c[0, label == 1], torch.zeros(int((label == 1).sum())))
+
+
 def test_loss_is_zero_where_all_is_right() -> None:
     who = people((50, 10, 78, 44))
-    label, goal = network()._targets(ANCHORS, who)
+    label, goal, _ = network()._targets(ANCHORS, who)
     losses = network(samples=len(ANCHORS)).loss((40 * label - 20)[None], goal[None], ANCHORS, [who])
     assert losses["rpn_box"] == 0 and losses["rpn_class"] < 1e-6
 
