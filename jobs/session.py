@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import os
 import re
 import secrets
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import ray
 import ray.data
 from ray.exceptions import RayError
-from ray.train import ScalingConfig
+from ray.train import ScalingConfig, ValidationConfig
 
-from lcrnet.config import Train, UserError
+from lcrnet.config import Config, UserError
 
 _ENVIRONMENT = {
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # what Ray will do by default, and warns of until then
@@ -82,13 +83,47 @@ def told() -> Iterator[None]:
         raise
 
 
-def scaling(train: Train) -> ScalingConfig:
-    """The workers of a training: `threads` CPUs each, or an equal share of all that the cluster has."""
+def scaling(config: Config, beside: bool = False) -> ScalingConfig:
+    """The workers of a training: `threads` CPUs each, or an equal share of all that the cluster has.
+
+    With `store.min_workers` Ray may start again with fewer, and with more once there are (`elastic`).
+    beside   a validation (`validation`) needs such a share too, outside of what the workers hold
+    """
+    train = config.train
     nodes = [int(node["Resources"].get("CPU", 0)) for node in ray.nodes() if node["Alive"]]
-    shares = (c for c in range(max(nodes), 0, -1) if sum(n // c for n in nodes) >= train.workers)
+    shares = (c for c in range(max(nodes), 0, -1) if sum(n // c for n in nodes) >= train.workers + beside)
     cpus = train.threads or next(shares, 1)
     resources = {"CPU": cpus, "GPU": 1} if train.gpu else {"CPU": cpus}
-    return ScalingConfig(num_workers=train.workers, use_gpu=train.gpu, resources_per_worker=resources)
+    workers = (config.store.min_workers, train.workers) if elastic(config) else train.workers
+    return ScalingConfig(num_workers=workers, use_gpu=train.gpu, resources_per_worker=resources)
+
+
+def validation(function: Callable[..., dict[str, float]], config: Config) -> ValidationConfig:
+    """Ray Train's validation in a task of its own (alpha in Ray 2.60), on a GPU if one is left over."""
+    resources = scaling(config, beside=True).resources_per_worker or {}
+    spare = ray.cluster_resources().get("GPU", 0) > config.train.workers
+    options = {"num_cpus": resources["CPU"], "num_gpus": int(config.train.gpu and spare)}
+    return ValidationConfig(fn=function, ray_remote_kwargs=options)
+
+
+def elastic(config: Config) -> bool:
+    """Whether the number of workers may change; UserError where a step's images cannot be shared among some number.
+
+    The images of a step, and so the learning rate, stay what they are: each worker takes more of them.
+    """
+    train, least = config.train, config.store.min_workers
+    if not least or least == train.workers:
+        return False
+    if least > train.workers:
+        raise UserError(f"store.min_workers {least} is above train.workers {train.workers}: lower it")
+    counts = range(least, train.workers + 1)
+    if uneven := [n for n in counts if train.batch % (n * train.accumulate)]:
+        each = math.lcm(*counts) * train.accumulate
+        raise UserError(
+            f"store.min_workers: train.batch {train.batch} cannot be shared among {uneven[0]} workers, and "
+            f"{least} to {train.workers} it may have to be: make train.batch a multiple of {each}"
+        )
+    return True
 
 
 def _probe(address: str) -> None:
@@ -101,11 +136,11 @@ def _probe(address: str) -> None:
             raise UserError(f"RAY_ADDRESS={address}: no cluster there ({error}); unset it for a local Ray") from None
 
 
-def writable(folder: str | os.PathLike[str]) -> Path:
+def writable(folder: str | os.PathLike[str], option: str = "--out") -> Path:
     """The folder, made if need be, after a trial file in it; UserError if it cannot be written."""
     try:
         Path(folder).mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another --out") from None
+        raise UserError(f"{folder}: cannot be written ({error.strerror or error}); choose another {option}") from None
     return Path(folder)

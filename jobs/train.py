@@ -1,92 +1,122 @@
-"""Trains LCR-Net on a COCO data set of poses, on the local machine or on the cluster that Ray is connected to.
+"""Trains LCR-Net on COCO data sets of poses, on the local machine or on the cluster that Ray is connected to.
 
     python jobs/train.py --config configs/tiny.yaml --data ANN.json --images DIR --out RUN [--val ANN.json]
+    python jobs/train.py ... --data A.json --images A --weight 3 --data B.json --images B --weight 1 ...
 
-RUN/model is the final model folder, RUN/tensorboard the curves, RUN/ray the checkpoints. The same command goes on with
-a run that was interrupted; a finished one is left as it is.
+RUN/model is the final model folder, RUN/tensorboard the curves (jobs/plot.py draws them), RUN/ray the checkpoints. The
+same command goes on with a run that was interrupted; a finished one is left as it is. SIGTERM (`ray job stop`) and
+Ctrl-C save a checkpoint first.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shutil
 import tempfile
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import ray
 import ray.train
+from filelock import FileLock, Timeout
 from ray.train import Checkpoint, CheckpointConfig, FailureConfig, RunConfig, UserCallback
 from ray.train.torch import TorchConfig, TorchTrainer
 
-from jobs import session
-from lcrnet import anchors, config, dataset, train, weights
+from jobs import desk, driver, session, worker
+from jobs.store import Store
+from lcrnet import anchors, config, dataset, optim, weights
 from lcrnet.config import Config, UserError
 from lcrnet.dataset import Source
 from lcrnet.pose import People
 
-LOG = "train.log"
-"""What rank 0 says, in the run's folder; the driver prints it as it comes."""
+WHERE = (
+    "workers", "gpu", "threads", "max_failures", "keep", "log_every", "picture_every", "validation",
+)  # fmt: skip
+"""Fields of `train` that say where a run runs and what it shows, not what it computes: they may change on the way."""
 
-WHERE = ("workers", "gpu", "threads", "max_failures", "keep", "log_every")
-"""Fields of `train` that say where a run runs, not what it computes: they may change when it goes on."""
+PATIENCE = 5
+"""Seconds that a run waits for another in its folder to end: one that was killed just now."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = config.parser(__doc__ or "")
-    parser.add_argument("--data", type=Path, required=True, metavar="ANN.json", help="COCO file to train on")
-    parser.add_argument("--images", type=Path, required=True, metavar="DIR", help="folder of its images")
+    parser.add_argument("--data", type=Path, required=True, action="append", metavar="ANN.json",
+                        help="COCO file to train on; several are mixed")  # fmt: skip
+    parser.add_argument("--images", type=Path, required=True, action="append", metavar="DIR",
+                        help="folder of its images; one for all, or one for each")  # fmt: skip
+    parser.add_argument("--weight", type=float, action="append", metavar="W", help="share of each --data in the mix")
     parser.add_argument("--val", type=Path, metavar="ANN.json", help="COCO file to evaluate on at every checkpoint")
     parser.add_argument("--val-images", type=Path, metavar="DIR", help="folder of its images; --images without it")
     parser.add_argument("--out", type=Path, required=True, metavar="RUN", help="folder of the run")
     parser.add_argument("--steps", dest="train.steps", default=argparse.SUPPRESS, help="short for --train.steps")
     parser.add_argument("--workers", dest="train.workers", default=argparse.SUPPRESS, help="short for --train.workers")
     args, settings = config.parse(parser, argv)
-    val = Source(args.val, args.val_images or args.images) if args.val else None
-    metrics = run(settings, Source(args.data, args.images), args.out, val)
-    print(f"model: {args.out / 'model'}   curves: tensorboard --logdir {args.out / 'tensorboard'}")
+    val = Source(args.val, args.val_images or args.images[0]) if args.val else None
+    metrics = run(settings, _sources(args), args.out, val)
+    print(f"model: {args.out / 'model'}   curves: python jobs/plot.py {args.out}")
     return 0 if metrics is not None else 1
 
 
 def run(
-    settings: Config, data: Source, out: Path, val: Source | None = None, callbacks: Sequence[UserCallback] = ()
-) -> dict[str, Any] | None:
+    settings: Config, data: Source | Sequence[Source], out: Path, val: Source | None = None,
+    callbacks: Sequence[UserCallback] = (),
+) -> dict[str, Any] | None:  # fmt: skip
     """Trains into the folder `out` and returns the final metrics, None if it failed (and says why).
 
-    UserError for what the user can mend.
+    UserError for what the user can mend. SystemExit, 128 + the signal, for a run that was stopped, after a checkpoint.
     """
     out = session.writable(out).resolve()
-    data, val = _absolute(data), _absolute(val) if val else None
+    try:
+        with FileLock(out / ".lock", timeout=PATIENCE):
+            return _run(settings, data, out, val, callbacks)
+    except Timeout:
+        raise UserError(f"{out}: another process trains there; take another --out") from None
+
+
+def _run(
+    settings: Config, data: Source | Sequence[Source], out: Path, val: Source | None, callbacks: Sequence[UserCallback]
+) -> dict[str, Any] | None:
+    sources = [_absolute(source) for source in ([data] if isinstance(data, Source) else data)]
+    val = _absolute(val) if val else None
+    least = settings.store.min_workers if session.elastic(settings) else settings.train.workers
+    if settings.store.keep_best and not (val and settings.train.validation != "none"):
+        raise UserError("store.keep_best: checkpoints have figures to choose by only with --val ANN.json")
+    store = Store(settings.store, out)
+    store.fetch()
     settings = _unchanged(settings, out / "config.yaml")
     if (out / "model").is_dir():
         print(f"{out} is finished (step {weights.read_about(out / 'model')['step']}); another --out starts anew")
         return dict(weights.read_about(out / "model")["metrics"])
-    poses = _anchors(settings, data, out / "anchors.json")
+    poses = _anchors(settings, sources, out / "anchors.json")
+    store.put()
     if val:
         dataset.read(val, poses.skeleton)
-    session.connect(settings.train.workers, settings.train.gpu, cpus=settings.train.threads or 1, log=False)
+    beside = val if settings.train.validation == "beside" else None
+    session.connect(least + bool(beside), settings.train.gpu, cpus=settings.train.threads or 1, log=False)
+    table, kept, mended = desk.opened(), settings.store, store.mend()
     trainer = TorchTrainer(
-        _worker,
-        train_loop_config={"config": settings, "data": data, "val": val, "anchors": poses, "out": out},
+        worker.work,
+        train_loop_config={"config": settings, "data": sources if len(sources) > 1 else sources[0], "val": val,
+                           "anchors": poses, "out": out, "desk": table, "mended": mended},
         torch_config=TorchConfig(backend="nccl" if settings.train.gpu else "gloo"),
-        scaling_config=session.scaling(settings.train),
+        scaling_config=session.scaling(settings, bool(beside)),
         run_config=RunConfig(
             name="ray",
-            storage_path=str(out),
+            storage_path=store.uri,
             failure_config=FailureConfig(max_failures=settings.train.max_failures, controller_failure_limit=3),
-            checkpoint_config=CheckpointConfig(num_to_keep=settings.train.keep),
-            callbacks=list(callbacks),
+            checkpoint_config=CheckpointConfig(num_to_keep=settings.train.keep, checkpoint_score_order=kept.best_mode,
+                                               checkpoint_score_attribute=kept.keep_best or None),
+            callbacks=[*callbacks, desk.Witness(table)],
             logging_config=ray.train.LoggingConfig(log_level="WARNING"),
         ),
-    )
+        validation_config=session.validation(partial(worker.validate, val=beside, desk=table), settings)
+        if beside else None,
+    )  # fmt: skip
     try:
-        with _following(out / LOG):
-            result = trainer.fit()
+        result, signal = driver.attend(trainer.fit, table, out)
     except ray.train.TrainingFailedError as error:
         failures = getattr(error, "worker_failures", {}) or {0: error}
         for rank, failure in sorted(failures.items())[:1]:
@@ -98,74 +128,42 @@ def run(
         return None
     if result.checkpoint is None:
         raise UserError(f"{out}: no checkpoint there although the run ended; is it storage that all nodes share?")
-    with result.checkpoint.as_directory() as folder:
-        _publish(Path(folder) / "model", out / "model")
-    return dict(said["metrics"])
+    last = optim.scaled(settings.train).steps
+    if said["metrics"]["step"] < last:
+        print(f"{last - said['metrics']['step']} steps are left; the same command goes on")
+        raise SystemExit(128 + signal if signal else 1)
+    return _finish(result, said["metrics"], kept, out)
 
 
-def _worker(args: dict[str, Any]) -> dict[str, Any]:
-    """One process of the training; what it returns on rank 0 reaches the driver."""
-    logging.getLogger("ray.train").setLevel(logging.WARNING)
-    try:
-        metrics = train.fit(args["config"], RayRun(args["out"]), args["data"], args["anchors"], args["val"])
-    except (train.NonFinite, UserError) as error:  # starting again would only repeat it
-        return {"error": str(error)}
-    return {"metrics": metrics}
+def _finish(result: ray.train.Result, metrics: dict[str, Any], kept: config.Store, out: Path) -> dict[str, Any]:
+    """RUN/best where one is kept, RUN/model, which marks the run as finished, and metrics.json."""
+    metrics |= {k: v for k, v in (result.metrics or {}).items() if isinstance(v, int | float)}
+    best = result.get_best_checkpoint(kept.keep_best, kept.best_mode) if kept.keep_best else None
+    if best:
+        found = next((dict(m) for c, m in result.best_checkpoints or [] if c == best), {})
+        shutil.rmtree(out / "best", ignore_errors=True)
+        _publish(best, out / "best", found)
+        print(f"best: {kept.keep_best} {found.get(kept.keep_best)} at step {found.get('step')}; model: {out / 'best'}")
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    _publish(result.checkpoint, out / "model", metrics)
+    return metrics
 
 
-class RayRun:
-    """`lcrnet.train.Run` over Ray Train."""
-
-    def __init__(self, out: Path):
-        context = ray.train.get_context()
-        self.rank, self.world_size = context.get_world_rank(), context.get_world_size()
-        self.device = ray.train.torch.get_device()
-        self.threads = max(1, int(ray.get_runtime_context().get_assigned_resources().get("CPU", 1)))
-        self.folder = out / "tensorboard"
-
-    @contextmanager
-    def resume(self) -> Iterator[Path | None]:
-        checkpoint = ray.train.get_checkpoint()
-        with checkpoint.as_directory() if checkpoint else nullcontext() as folder:
-            yield Path(folder) if folder else None
-
-    def say(self, text: str) -> None:
-        if self.rank == 0:
-            with open(self.folder.parent / LOG, "a", encoding="utf-8") as log:
-                log.write(text + "\n")
-
-    def report(self, metrics: dict[str, float], folder: Path | None) -> None:
-        checkpoint = Checkpoint.from_directory(str(folder)) if folder else None
-        ray.train.report(metrics, checkpoint=checkpoint)
-        # A report is only safe once the controller has taken it (RAY.md 2.2).
-        ray.train.get_all_reported_checkpoints(consistency_mode=ray.train.CheckpointConsistencyMode.COMMITTED)
+def _sources(args: argparse.Namespace) -> list[Source]:
+    """The data sets of the command line; UserError where their options do not pair."""
+    count = len(args.data)
+    images = args.images * count if len(args.images) == 1 else args.images
+    shares = args.weight or [1.0] * count
+    for option, given in (("--images", images), ("--weight", shares)):
+        if len(given) != count:
+            raise UserError(f"{count} --data, but {len(given)} {option}: give one for each")
+    if any(share <= 0 for share in shares):
+        raise UserError(f"--weight {min(shares):g}: must be above 0; leave the data set out instead")
+    sources = [Source(a, i) for a, i in zip(args.data, images, strict=True)]
+    return [replace(s, weight=w) for s, w in zip(sources, shares, strict=True)] if args.weight else sources
 
 
-@contextmanager
-def _following(log: Path) -> Iterator[None]:
-    """Prints what is added to a log while the context lasts."""
-    log.touch()
-    end = threading.Event()
-
-    def follow() -> None:
-        with log.open(encoding="utf-8") as lines:
-            lines.seek(0, 2)
-            while True:
-                last = end.wait(0.5)
-                print(lines.read(), end="", flush=True)
-                if last:
-                    return
-
-    thread = threading.Thread(target=follow, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        end.set()
-        thread.join()
-
-
-def _anchors(settings: Config, data: Source, file: Path) -> anchors.AnchorPoses:
+def _anchors(settings: Config, sources: Sequence[Source], file: Path) -> anchors.AnchorPoses:
     """The run's anchor poses: those it has, those of `anchors.file`, or clustered from the data; kept in `file`."""
     poses = None
     if file.is_file():
@@ -174,11 +172,13 @@ def _anchors(settings: Config, data: Source, file: Path) -> anchors.AnchorPoses:
         poses = weights.anchors_of(settings.train.init)
     if poses is None and settings.anchors.file:
         poses = anchors.load(settings.anchors.file)
-    images = dataset.read(data, poses.skeleton if poses else anchors.LCR13, settings.data.min_joints)
+    skeleton = poses.skeleton if poses else anchors.LCR13
+    images = [i for source in sources for i in dataset.read(source, skeleton, settings.data.min_joints)]
     people = People.join(image.people for image in images)
     print(f"{len(images)} images, {int((~people.crowd).sum())} people, {int(people.has3d.sum())} with a 3D pose")
     if not (~people.crowd).any():
-        raise UserError(f"{data.annotations}: nobody in it has a pose to learn from")
+        names = ", ".join(str(source.annotations) for source in sources)
+        raise UserError(f"{names}: nobody in it has a pose to learn from")
     if poses is None:
         owner = [image.file_name for image in images for _ in range(len(image.people))]
         poses, _, k = anchors.fit(people, owner, settings.anchors, seed=settings.train.seed)
@@ -209,17 +209,19 @@ def _unchanged(settings: Config, file: Path) -> Config:
     return settings
 
 
-def _publish(model: Path, target: Path) -> None:
-    """Copies a model folder into place, whole or not at all."""
+def _publish(checkpoint: Checkpoint, target: Path, metrics: dict[str, Any]) -> None:
+    """Copies the model of a checkpoint into place, whole or not at all, with its figures, some of which came later."""
     scratch = Path(tempfile.mkdtemp(prefix=".model-", dir=target.parent))
-    shutil.copytree(model, scratch, dirs_exist_ok=True)
+    with checkpoint.as_directory() as folder:
+        shutil.copytree(Path(folder) / "model", scratch, dirs_exist_ok=True)
+    about = {**weights.read_about(scratch), "metrics": metrics}
+    (scratch / "model.json").write_text(json.dumps(about, indent=1), encoding="utf-8")
     scratch.chmod(0o755)
     scratch.rename(target)
-    (target.parent / "metrics.json").write_text(json.dumps(weights.read_about(target)["metrics"], indent=1))
 
 
 def _absolute(source: Source) -> Source:
-    return Source(source.annotations.resolve(), source.images.resolve())
+    return replace(source, annotations=source.annotations.resolve(), images=source.images.resolve())
 
 
 if __name__ == "__main__":

@@ -111,7 +111,7 @@ def test_warnings(run: Run) -> None:
 
 def test_training_clusters_so_too(drawn: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     settings = config.load(None, {"anchors.k": "auto", "anchors.gain": 0.3})
-    found = _anchors(settings, Source(drawn / "annotations.json", drawn / "images"), tmp_path / "anchors.json")
+    found = _anchors(settings, [Source(drawn / "annotations.json", drawn / "images")], tmp_path / "anchors.json")
     assert f"anchors.k auto: {len(found) // 2} 3D poses" in capsys.readouterr().out
     assert len(anchors.load(tmp_path / "anchors.json")) == len(found)
 
