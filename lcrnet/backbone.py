@@ -13,7 +13,7 @@ to (R, D).
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -115,13 +115,13 @@ class ResNetBody(Body):
             part.requires_grad_(False)
 
     def forward(self, images: Tensor) -> dict[int, Tensor]:
-        x = F.max_pool2d(F.relu(self.bn1(self.conv1(images))), 3, stride=2, padding=1)
-        c2 = self.layer1(x)
-        c3 = self.layer2(c2)
-        c4 = self.layer3(c3)
+        x = F.max_pool2d(F.relu_(_normed(self.conv1, self.bn1, images)), 3, stride=2, padding=1)
+        c2 = _stage(self.layer1, x)
+        c3 = _stage(self.layer2, c2)
+        c4 = _stage(self.layer3, c3)
         if not hasattr(self, "layer4"):
             return {16: c4}
-        c5 = self.layer4(c4)
+        c5 = _stage(self.layer4, c4)
         if not hasattr(self, "fpn"):
             return {self.roi_strides[0]: c5}
         if self.rpn_strides == (4,):
@@ -161,6 +161,10 @@ class Res5Head(nn.Module):
 
     From 14 bins it goes with stride 2. Where that stride is in the first 1x1 convolutions (`stride_in_1x1`), these
     read every other bin only: `step` 2 tells RoIAlign to make no others, and the stride is gone from here.
+
+    What a region goes through first is linear: RoIAlign, then the first block's two 1x1 convolutions, in that order or
+    the other (a bin is a weighted sum of cells, whatever the weights sum to). So `project` and `from_projections` do
+    the convolutions once a cell of the map, and pool their results; norm and ReLU stay where they were.
     """
 
     def __init__(self, layer4: nn.Sequential, config: Model):
@@ -174,7 +178,71 @@ class Res5Head(nn.Module):
                     module.stride = (1, 1)
 
     def forward(self, pooled: Tensor) -> Tensor:
-        return cast(Tensor, self.layer4(pooled).mean((-2, -1)))
+        return _stage(self.layer4, pooled).mean((-2, -1))
+
+    @property
+    def strides(self) -> tuple[int, int]:
+        """Of the first block's first convolution and its shortcut, both 1x1: the bins of each that are read."""
+        first = cast(Any, self.layer4[0])
+        return first.conv1.stride[0], first.downsample[0].stride[0]
+
+    def projects(self, cells: int, regions: int, bins: int) -> bool:
+        """Whether `project` saves time on maps of so many cells in all, `bins` a side of a region.
+
+        It needs 1x1 convolutions (no BasicBlock) and norms that are fixed: GroupNorm is not linear. It costs a
+        multiplication by each weight a cell, and saves one a bin that is read; pooled vectors are of more channels,
+        and memory counts: so fewer than half as many cells as bins, weighted by the outputs that read them.
+        """
+        first = self.layer4[0]
+        if not isinstance(first, resnet.Bottleneck) or not isinstance(first.bn1, FrozenBatchNorm2d):
+            return False
+        outputs = [first.conv1.out_channels, first.conv3.out_channels]
+        read = sum(n * (-(-bins // stride)) ** 2 for n, stride in zip(outputs, self.strides, strict=True))
+        return 2 * cells * sum(outputs) <= regions * read
+
+    def project(self, map: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, C, H, W) -> what the first convolution and the shortcut make of every cell, scaled as by their norms."""
+        first = cast(Any, self.layer4[0])
+        pairs = ((first.conv1, first.bn1), tuple(first.downsample))
+        weights = [conv.weight * _affine(norm)[0].view(-1, 1, 1, 1) for conv, norm in pairs]
+        return F.conv2d(map, weights[0]), F.conv2d(map, weights[1])
+
+    def from_projections(self, pooled: Tensor, shortcut: Tensor) -> Tensor:
+        """`forward` of the regions pooled from the maps of `project`, at the strides of `strides`."""
+        first = cast(Any, self.layer4[0])
+        x = F.relu_(pooled + _affine(first.bn1)[1].view(1, -1, 1, 1).to(pooled))
+        x = F.relu_(_normed(first.conv2, first.bn2, x))
+        shift = _affine(first.downsample[1])[1].view(1, -1, 1, 1).to(shortcut)
+        x = F.relu_(_normed(first.conv3, first.bn3, x) + (shortcut + shift))
+        return _stage(self.layer4[1:], x).mean((-2, -1))
+
+
+def _affine(norm: FrozenBatchNorm2d) -> tuple[Tensor, Tensor]:
+    """(C,) factor and shift of a frozen norm."""
+    scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
+    return scale, norm.bias - norm.running_mean * scale
+
+
+def _normed(conv: nn.Conv2d, norm: nn.Module, x: Tensor) -> Tensor:
+    """norm(conv(x)). A frozen norm is multiplied into the weights: it costs nothing a pixel, forward or backward, and
+    under autocast does not turn the result to float32. Gradients of the weights are the same."""
+    if not isinstance(norm, FrozenBatchNorm2d):
+        return cast(Tensor, norm(conv(x)))
+    scale, shift = _affine(norm)
+    return F.conv2d(x, conv.weight * scale.view(-1, 1, 1, 1), shift, conv.stride, conv.padding, conv.dilation,
+                    conv.groups)  # fmt: skip
+
+
+def _stage(blocks: nn.Module, x: Tensor) -> Tensor:
+    """The blocks of a stage, one after the other, as torchvision's forward passes have them."""
+    for block in cast(Any, blocks):
+        same = x if block.downsample is None else _normed(block.downsample[0], block.downsample[1], x)
+        x = F.relu_(_normed(block.conv1, block.bn1, x))
+        x = _normed(block.conv2, block.bn2, x)
+        if isinstance(block, resnet.Bottleneck):
+            x = _normed(block.conv3, block.bn3, F.relu_(x))
+        x = F.relu_(x + same)
+    return x
 
 
 class MLPHead(nn.Module):

@@ -89,9 +89,16 @@ class LCRNet(nn.Module):
         model, strides = self.config.model, self.body.roi_strides
         scales = [1 / stride for stride in strides]
         step = getattr(self.box_head, "step", 1)
+        head, ratio = self.box_head, model.sampling_ratio or -1
+        if model.pool == "align" and isinstance(head, backbone.Res5Head):
+            if head.projects(maps[0][:, 0].numel(), len(roi), -(-model.roi_size // step)):
+                parts = []
+                for part, stride in zip(head.project(maps[0]), head.strides, strict=True):
+                    every = step * stride  # bins that are read
+                    parts.append(ops.roi_align(part, roi, model.roi_size, scales, ratio, model.aligned, None, every))
+                return self.predictor(head.from_projections(*parts))
         if model.pool == "align":
             level = levels(roi[:, 1:], strides, self.config.rpn.convention) if len(maps) > 1 else None
-            ratio = model.sampling_ratio or -1
             pooled = ops.roi_align(maps, roi, model.roi_size, scales, ratio, model.aligned, level, step)
         elif model.pool == "pool":
             pooled = ops.roi_pool(maps[0], roi, model.roi_size, scales[0])[..., ::step, ::step]

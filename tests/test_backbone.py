@@ -12,7 +12,7 @@ from torch import nn
 from torchvision.models import resnet
 from torchvision.ops.misc import FrozenBatchNorm2d
 
-from lcrnet import backbone
+from lcrnet import backbone, ops
 from lcrnet.backbone import ConvHead, MLPHead, Res5Head, ResNetBody, VGG16Body
 from lcrnet.config import Model
 
@@ -158,7 +158,8 @@ def test_box_head_is_the_last_stage_of_the_resnet(name: str, stride_in_1x1: bool
         return  # refused
     torch.manual_seed(0)
     net, config = _net(backbone=name, roi_size=14, stride_in_1x1=stride_in_1x1)
-    image = torch.rand(1, 3, 64, 64)
+    net = net.double()  # ours multiplies the norms into the weights, which rounds otherwise
+    image = torch.rand(1, 3, 64, 64, dtype=torch.float64)
     with torch.no_grad():
         net.fc = nn.Identity()
         goal = net.eval()(image)
@@ -187,6 +188,95 @@ def test_stride_of_the_res5_head(given: tuple[int, int, bool], goal: tuple[int, 
     found = (head.step, first.conv1.stride[0], first.conv2.stride[0], first.downsample[0].stride[0])
     assert found == goal
     check(*build(backbone="resnet50", res5_stride=stride, roi_size=size, stride_in_1x1=in_1x1), size)
+
+
+def _fixed(net: nn.Module) -> nn.Module:
+    """Frozen norms as of pretrained weights: no two channels alike, activations that stay of one size."""
+    for name, module in net.named_modules():
+        if isinstance(module, FrozenBatchNorm2d):
+            module.weight.uniform_(0.5, 1.5).mul_(0.3 if name.endswith("bn3") else 1)
+            module.bias.uniform_(-0.3, 0.3)
+            module.running_mean.uniform_(-0.3, 0.3)
+            module.running_var.uniform_(0.5, 2)
+    return net
+
+
+def _apart(found: torch.Tensor, goal: torch.Tensor) -> float:
+    return float((found.detach() - goal.detach()).abs().max() / goal.detach().abs().max())
+
+
+@pytest.mark.parametrize("body", ["c4", "c5"])
+@pytest.mark.parametrize("name", ["resnet18", "resnet50"])
+def test_frozen_norms_in_the_weights(name: str, body: str) -> None:
+    """The body is torchvision's ResNet, values and gradients, with frozen norms multiplied into the weights or GN."""
+    for norm in ("frozen_bn", "gn"):
+        torch.manual_seed(0)
+        head = {"head": "res5" if body == "c4" else "2mlp"}
+        net, config = _net(backbone=name, body=body, norm=norm, freeze=0, **head)
+        net, image = _fixed(net).double(), torch.rand(1, 3, 64, 96, dtype=torch.float64)
+        x = net.maxpool(net.relu(net.bn1(net.conv1(image))))
+        goal = net.layer3(net.layer2(net.layer1(x)))
+        goal = net.layer4(goal) if body == "c5" else goal
+        mine = ResNetBody(net, config)
+        found = mine(image)[mine.roi_strides[0]]
+        assert _apart(found, goal) < 1e-12
+        weights = [p for p in mine.parameters() if p.ndim == 4]
+        upstream = torch.randn_like(goal)
+        for one, other in zip(*(torch.autograd.grad(y, weights, upstream) for y in (found, goal)), strict=True):
+            assert _apart(one, other) < 1e-12
+
+
+EDGES = torch.tensor([
+    [0, 3, 5, 60, 70], [0, 0, 0, 96, 96], [0, -40, -30, 20, 20], [0, 80, 70, 200, 150], [0, 300, 300, 400, 400],
+    [0, 10, 10, 11, 90], [0, torch.nan, 0, 5, 5], [7, 0, 0, 50, 50],
+])  # fmt: skip
+"""Regions within the image, of its size, over its borders, outside, thin, not finite, of no image."""
+
+
+@pytest.mark.parametrize("aligned", [False, True])
+@pytest.mark.parametrize(("given", "goal"), STRIDES)
+def test_projecting_before_pooling_is_exact(
+    given: tuple[int, int, bool], goal: tuple[int, ...], aligned: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and gradients of all weights and of the map; regions at the border too.
+
+    In float64 nothing is left of a difference. In float32 rounding decides the sign of a few activations near 0, and
+    with it whether they pass a gradient, so gradients are compared by their norm.
+    """
+    stride, size, in_1x1 = given
+    torch.manual_seed(0)
+    monkeypatch.setitem(backbone.RESNETS, "resnet50", (resnet.Bottleneck, (1, 1, 1, 2), 1, 8))  # a small one
+    net, config = _net(backbone="resnet50", res5_stride=stride, roi_size=size, stride_in_1x1=in_1x1)
+    head = Res5Head(_fixed(net).layer4, config)
+    cells = torch.rand(1, 1024, 6, 6).to(memory_format=torch.channels_last)
+
+    def pool(map: torch.Tensor, step: int) -> torch.Tensor:
+        return ops.roi_align(map, EDGES, size, 1 / 16, 2, aligned, step=step)
+
+    for kind, of_value, of_gradient in ((torch.float32, 1e-5, 1e-3), (torch.float64, 1e-12, 1e-12)):
+        head, map = head.to(kind), cells.to(kind).requires_grad_()
+        usual = head(pool(map, head.step))
+        parts = [pool(part, head.step * s) for part, s in zip(head.project(map), head.strides, strict=True)]
+        fast = head.from_projections(*parts)
+        assert _apart(fast, usual) <= of_value
+        upstream = torch.randn_like(usual)
+        wanted = [map, *head.parameters()]
+        every = [torch.autograd.grad(y, wanted, upstream) for y in (fast, usual)]
+        assert len(every[0]) == 8
+        for one, other in zip(*every, strict=True):
+            assert other.any() and (one - other).norm() <= of_gradient * other.norm()
+
+
+def test_where_projecting_pays() -> None:
+    """By cells against bins that are read; never with GroupNorm or without 1x1 convolutions."""
+    head = build(backbone="resnet50")[1]
+    assert head.projects(1200, 256, 7) and not head.projects(1200, 10, 7)
+    assert head.projects(600, 25, 7) and not head.projects(600, 24, 7)  # 49 bins a region, 2 x 600 cells
+    strided = build(backbone="resnet50", res5_stride=2)[1]  # the shortcut reads 16 bins, the first convolution 49
+    bins = (512 * 49 + 2048 * 16) / 2560
+    assert [strided.projects(600, n, 7) for n in (int(1200 / bins), int(1200 / bins) + 1)] == [False, True]
+    for other in ({"backbone": "resnet50", "norm": "gn"}, {"backbone": "resnet34"}):
+        assert not build(**other)[1].projects(1, 1000, 7)
 
 
 def test_stride_in_1x1() -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from lcrnet import config, image, ppi, synthetic, weights
+from lcrnet import backbone, config, image, ppi, synthetic, weights
 from lcrnet.anchors import AnchorPoses
 from lcrnet.config import Config
 from lcrnet.model import LCRNet, build
@@ -81,6 +81,34 @@ def test_losses_of_a_resnet(tiny: Config, net: LCRNet) -> None:
     with torch.autocast("cpu", torch.bfloat16):
         losses = other(*shots(1))
     check_gradients(other, losses)
+
+
+@pytest.mark.parametrize("half", [False, True])
+def test_projecting_changes_rounding_only(
+    tiny: Config, net: LCRNet, half: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Losses and gradients of a ResNet-50 whose head runs its first convolutions before pooling, or after."""
+    torch.manual_seed(0)
+    resnet = {"model__backbone": "resnet50", "model__norm": "frozen_bn", "model__freeze": 2, "model__roi_size": 7}
+    other = build(changed(tiny, **resnet), net.anchors)
+    for name, module in other.named_modules():
+        if name.endswith("bn3"):
+            module.weight.fill_(0.2)  # type: ignore[operator, union-attr]
+    gradients, called = [], []
+    for projects in (True, False):
+        monkeypatch.setattr(backbone.Res5Head, "projects", lambda *_, p=projects: called.append(p) or p)
+        other.zero_grad()
+        torch.manual_seed(1)
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            losses = other(*shots(1))
+        sum(losses.values()).backward()
+        gradients.append([*losses.values(), *(p.grad for p in other.parameters() if p.grad is not None)])
+    assert called == [True, False]
+    for one, goal in zip(*gradients, strict=True):
+        apart = (one - goal).detach().norm() / goal.detach().norm().clamp(min=1e-12)
+        assert apart < (0.1 if half else 1e-3)  # rounding decides whether activations near 0 pass a gradient
+    if not half:
+        assert all(abs(one / goal - 1) < 1e-5 for one, goal in zip(gradients[0][:5], gradients[1][:5], strict=True))
 
 
 def test_nobody_and_nothing_to_look_at(tiny: Config, net: LCRNet) -> None:
