@@ -18,7 +18,7 @@ from lcrnet.anchors import AnchorPoses
 from lcrnet.config import Config
 
 FILES = sorted((Path(__file__).resolve().parent.parent / "configs").glob("*.yaml"))
-JOBS = {"demo": "demo", "sweep": "tune"}
+JOBS = {"sweep_ppi": "tune", "demo": "demo", "sweep": "tune"}
 FAMILIES = [  # (recipe, network of the step): the other recipes differ from these in depth only
     ("tiny", "tiny"), ("resnet50", "resnet18"), ("resnet50_c4", "resnet50"), ("resnet101_c4", "resnet18"),
     ("resnet50_c5", "resnet50"), ("resnet50_fpn", "resnet18"), ("resnet50_fpn_p2", "resnet18"),
