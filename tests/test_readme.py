@@ -17,15 +17,19 @@ from lcrnet import coco, synthetic
 from lcrnet.skeleton import LCR13
 
 SMALL = {
-    "train": "--train.steps 2 --train.batch 2 --anchors.k 3 --image.short_side 96 --train.threads 1",
+    "train": "--train.steps 2 --train.log_every 1"
+    " --train.batch 2 --anchors.k 3 --image.short_side 96 --train.threads 1",
     "tune": "--train.steps 2 --train.batch 2 --train.save_every 1 --train.workers 1 --train.threads 1 --tune.trials 2"
     " --draw.train 8 --draw.val 3 --tune.space '{train.lr: {choice: [0.001, 0.002]}}' --tune.metric step --anchors.k 3",
     "annotate": "",
+    "plot": "",
     "coco": "",
     "evaluate": "",
     "anchors": "--anchors.k 3",
     "lift": "--lift.headings 4 --lift.elevations [0] --lift.neighbours 4",
 }
+
+PPI = "--tune.trials 3 --tune.metric recall"
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -64,11 +68,12 @@ def test_the_commands_work_in_the_order_they_are_printed(
             synthetic.write("COCO", 6, seed=9, size=96, processes=1)
             os.makedirs("COCO/annotations")
             shutil.move("COCO/annotations.json", "COCO/annotations/train.json")
-        assert not importlib.import_module(f"jobs.{name}").main([*arguments, *shlex.split(SMALL[name])]), arguments
+        small = PPI if "--ppi" in arguments else SMALL[name]
+        assert not importlib.import_module(f"jobs.{name}").main([*arguments, *shlex.split(small)]), arguments
         done.append(name)
-    assert done == ["coco", "train", "tune", "annotate", "coco", "train", "evaluate", "anchors", "lift"]
-    for made in ("RUN/model", "SWEEP/best", "LABELS", "RUN2/model", "REPORT/report.html", "ANCHORS.sheet.png",
-                 "LIFTED.json"):  # fmt: skip
+    assert done == ["coco", "train", "plot", "tune", "tune", "annotate", "coco", "train", "evaluate", "anchors", "lift"]
+    for made in ("RUN/model", "RUN/curves.png", "SWEEP/best", "PPI/best.yaml", "LABELS", "RUN2/model",
+                 "REPORT/report.html", "ANCHORS.sheet.png", "LIFTED.json"):  # fmt: skip
         assert (home / made).exists(), made
 
     code = blocks(text, "python")
