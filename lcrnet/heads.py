@@ -16,7 +16,7 @@ from torchvision.ops import box_iou
 from lcrnet.anchors import AnchorPoses
 from lcrnet.config import Head
 from lcrnet.pose import People, PoseProposals, into_box, out_of_box
-from lcrnet.rpn import coverage
+from lcrnet.rpn import coverage, per_worker
 
 JITTER = 0.15  # moved copies of a true box: each side by a normal deviate of this part of the box's size
 
@@ -121,14 +121,16 @@ class PosePredictor(nn.Module):
         return torch.where(same3d, apart2d, torch.inf).argmin(1)
 
     def loss(self, logits: Tensor, refined: Tensor, regions: Regions, config: Head) -> dict[str, Tensor]:
-        """Losses `class`, `pose2d` and `pose3d`, means over regions, weighted by their trust.
+        """Losses `class`, `pose2d` and `pose3d`, means over regions of all workers, weighted by their trust.
 
         Pose losses are smooth L1 on the refinement of the true class, summed over all coordinates of a person as in the
         paper: the mean over the joints seen, times J.
         """
         cross = F.cross_entropy(logits, regions.label, reduction="none")
-        losses = {"class": config.class_weight * (cross * regions.trust).sum() / max(len(cross), 1)}
         person = (regions.label > 0).nonzero()[:, 0]
+        joints = [seen[person].sum() for seen in (regions.seen2d, regions.seen3d)]
+        count = per_worker(torch.stack([joints[0].new_tensor(len(cross)), *joints]))
+        losses = {"class": config.class_weight * (cross * regions.trust).sum() / count[0]}
         share = self._shares(regions, person, config.soft)
         # (n, J, D) goals against (n, K, J, D) poses of the anchor poses that have a share in the person.
         who, anchor = share.nonzero(as_tuple=True)
@@ -136,13 +138,13 @@ class PosePredictor(nn.Module):
         goal2d = into_box(regions.pose2d[person], regions.roi[person, 1:])[who] - self.anchor2d[anchor]
         goal3d = regions.pose3d[person][who] - self.anchor3d[anchor]
         trust = regions.trust[person, None]
-        for name, part, goal, seen, beta, weight in (
-            ("pose2d", found[..., :2], goal2d, regions.seen2d, config.beta2d, config.weight2d),
-            ("pose3d", found[..., 2:], goal3d, regions.seen3d, config.beta3d, config.weight3d),
+        for name, part, goal, seen, beta, weight, n in (
+            ("pose2d", found[..., :2], goal2d, regions.seen2d, config.beta2d, config.weight2d, count[1]),
+            ("pose3d", found[..., 2:], goal3d, regions.seen3d, config.beta3d, config.weight3d, count[2]),
         ):
             each = F.smooth_l1_loss(part, goal, beta=beta, reduction="none").sum(-1)
             use = seen[person]
-            losses[name] = weight * self.joints * (each * share * (use * trust)[who]).sum() / use.sum().clamp(min=1)
+            losses[name] = weight * self.joints * (each * share * (use * trust)[who]).sum() / n
         return losses
 
     @torch.no_grad()

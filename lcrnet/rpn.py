@@ -105,7 +105,7 @@ class RPN(nn.Module):
         positive = _first(key, label == 1, round(config.samples * config.positive_share))
         negative = _first(key, label == 0, config.samples - positive.sum(1))
         use = positive | negative
-        count = use.sum().clamp(min=1)
+        count = per_worker(use.sum())
         classes = F.binary_cross_entropy_with_logits(logits[use], label[use], trust[use], reduction="sum") / count
         boxes = F.smooth_l1_loss(offsets[positive], goal[positive], beta=1 / 9, reduction="none")
         boxes = (boxes * trust[positive][:, None]).sum() / count
@@ -192,6 +192,22 @@ def coverage(boxes: Tensor, regions: Tensor) -> Tensor:
     high = torch.minimum(boxes[:, None, 2:], regions[None, :, 2:])
     inside = (high - low).clamp(min=0).prod(-1)
     return (inside / (boxes[:, 2:] - boxes[:, :2]).prod(-1).clamp(min=1e-6)[:, None]).max(1).values
+
+
+def per_worker(count: Tensor) -> Tensor:
+    """Counts that losses are divided by: their means over the workers of a training, of one worker as they are.
+
+    With these the mean of the workers' losses, and so of their gradients, is the loss of all their images together,
+    however unevenly people are spread among them (as in DETR's criterion).
+    """
+    if not torch.distributed.is_available() or not torch.distributed.is_initialized():
+        return count.clamp(min=1)
+    workers = torch.distributed.get_world_size()
+    if workers == 1:
+        return count.clamp(min=1)
+    count = count.detach().float().clone()
+    torch.distributed.all_reduce(count)
+    return count.clamp(min=1) / workers
 
 
 def _first(key: Tensor, among: Tensor, count: int | Tensor) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lcrnet.anchors import AnchorPoses
 from lcrnet.coco import CocoImage
 from lcrnet.config import Config, UserError
 from lcrnet.dataset import Source
+from lcrnet.heads import PosePredictor, Regions
 from lcrnet.model import LCRNet
 from lcrnet.pose import People
 
@@ -178,11 +180,30 @@ def test_two_workers(tiny: Config, four: Source, data: Source, poses: AnchorPose
     for parts in (1, 2):
         alike(tensors(one.folder, 1), tensors(tmp_path / f"parts{parts}", 1))
     assert bitwise(tensors(tmp_path / "whole", 3), tensors(tmp_path / "resumed", 3))
+    whole, shares = _head_loss(tiny, poses, slice(None)), [torch.load(tmp_path / f"share{rank}") for rank in (0, 1)]
+    for name, value in whole.items():
+        torch.testing.assert_close((shares[0][name] + shares[1][name]) / 2, value, rtol=1e-6, atol=0)
     errors = [(tmp_path / f"error{rank}").read_text() for rank in (0, 1)]
     assert errors[0] == errors[1]
     (guilty,) = (tmp_path / "nan/nonfinite").iterdir()
     about = json.loads((guilty / "snapshot.json").read_text())
     assert guilty.name == "step_0-rank_1" and f"images {about['ids']};" in errors[0] and str(guilty) in errors[0]
+
+
+def _head_loss(tiny: Config, poses: AnchorPoses, rows: slice) -> dict[str, torch.Tensor]:
+    """The head's losses of some of twenty regions, of which the first five have one person's, the others nine's."""
+    draw = torch.Generator().manual_seed(0)
+    predictor = PosePredictor(8, poses, shared=False)
+    joints, classes = len(poses.skeleton), len(poses)
+    label = torch.zeros(20, dtype=torch.int64)
+    label[4:14] = 1 + torch.arange(10) % classes
+    roi = torch.cat([torch.zeros(20, 1), torch.rand(20, 2, generator=draw), 5 + torch.rand(20, 2, generator=draw)], 1)
+    pose, seen = torch.rand(20, joints, 5, generator=draw), torch.rand(20, 2, joints, generator=draw) < 0.7
+    logits = torch.rand(20, classes + 1, generator=draw)
+    refined = torch.rand(20, classes, joints, 5, generator=draw)
+    regions = Regions(roi, label, torch.ones(20), pose[..., :2], pose[..., 2:], *seen.unbind(1))
+    some = Regions(*(getattr(regions, f.name)[rows] for f in fields(Regions)))
+    return predictor.loss(logits[rows], refined[rows], some, tiny.head)
 
 
 def _work(rank: int, folder: Path, tiny: Config, four: Source, data: Source, poses: AnchorPoses) -> None:
@@ -194,6 +215,8 @@ def _work(rank: int, folder: Path, tiny: Config, four: Source, data: Source, pos
 
     for parts in (1, 2):
         train.fit(even(tiny, accumulate=parts), run(f"parts{parts}"), four, poses)
+    share = _head_loss(tiny, poses, slice(0, 5) if rank == 0 else slice(5, None))
+    torch.save(share, folder / f"share{rank}")
     asked = changed(tiny, batch=4, accumulate=2, steps=3)
     train.fit(asked, run("whole"), data, poses)
     stopped = run("stopped", stops_at=2 if rank == 1 else None)
