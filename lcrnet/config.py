@@ -76,6 +76,12 @@ class Config(Section):
     def _possible(self) -> Config:
         if self.train.batch % self.train.workers:
             raise ValueError(f"train.batch {self.train.batch} is not divisible by train.workers {self.train.workers}")
+        parts = self.train.workers * self.train.accumulate
+        if self.train.batch % parts:
+            raise ValueError(
+                f"train.batch {self.train.batch} is not divisible by train.workers {self.train.workers} times "
+                f"train.accumulate {self.train.accumulate}"
+            )
         if self.model.rpn_levels > 1 and len(self.rpn.sizes) != self.model.rpn_levels:
             raise ValueError(f"rpn.sizes: a pyramid needs {self.model.rpn_levels} sizes, one a level")
         if self.rpn.negative_iou > self.rpn.positive_iou:

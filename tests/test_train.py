@@ -235,8 +235,11 @@ def _nan(forward: Any) -> Any:
 
 
 def test_accumulation_must_divide(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"train\.batch 2 is not divisible by 1 workers x train\.accumulate 3"):
-        train.fit(changed(tiny, accumulate=3), LocalRun(tmp_path / "x"), data, poses)
+    with pytest.raises(config.ConfigError, match=r"train\.batch 2 is not divisible by .*1 times train\.accumulate 3"):
+        changed(tiny, accumulate=3)
+    asked = changed(tiny, accumulate=2)  # of one worker; the run has two
+    with pytest.raises(UserError, match=r"train\.batch 2 is not divisible by 2 workers x train\.accumulate 2"):
+        train.fit(asked, LocalRun(tmp_path / "x", world_size=2), data, poses)
 
 
 def test_lr_reference(tiny: Config, data: Source, poses: AnchorPoses, tmp_path: Path) -> None:
