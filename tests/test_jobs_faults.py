@@ -188,6 +188,7 @@ def test_more_workers_have_the_losses_of_one(
         assert torch.allclose(ours[name], value, atol=1e-4), name
 
 
+@pytest.mark.slow
 def test_checkpoints_elsewhere_validated_beside_and_the_best_kept(
     cluster: Any, tiny: Config, source: Source, tmp_path: Path
 ) -> None:

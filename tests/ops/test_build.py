@@ -27,6 +27,7 @@ def python(code: str, root: Path, **environment: str) -> subprocess.CompletedPro
     return subprocess.run([sys.executable, "-c", code], cwd=root, env=env, capture_output=True, text=True, check=False)
 
 
+@pytest.mark.slow
 def test_killed_and_raced_it_is_built_once(root: Path, tmp_path: Path) -> None:
     """A builder dies in the middle; two more come at once: one builds, the other waits, both get the same library."""
     code = "from ext import build; print(build.library('cpu'))"
