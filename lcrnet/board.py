@@ -8,6 +8,7 @@ Several boards may write into one folder, say one of a validation beside the tra
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -26,7 +27,11 @@ class Board:
 
     def __init__(self, folder: Path, start: int | None = None):
         """start: the step that a run goes on from; what an earlier life wrote of later steps is not shown any more."""
-        self._writer = SummaryWriter(str(folder), purge_step=None if start is None else start + 1)
+        # Files are named by the second: a run that goes on within it would overwrite what it wrote before.
+        suffix = f".{time.time_ns():020d}"
+        self._writer = SummaryWriter(
+            str(folder), purge_step=None if start is None else start + 1, filename_suffix=suffix
+        )
 
     def __enter__(self) -> Board:
         return self
